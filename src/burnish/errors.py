@@ -1,0 +1,95 @@
+"""Every error a user can cause, and the exit code that tells it.
+
+    BurnishError
+    ├── RecipeError      2   the recipe is wrong: a key, a value, two keys that do not go together
+    ├── DataError        2   the rows are wrong, or too few, or not there
+    ├── ModelError       2   weights, tokenizer or template are missing, foreign or unsafe
+    ├── TrainingError    1   training could not go on (diverged, nothing to train, disk full)
+    └── ServingError     1   an export or a request could not be served
+
+A message says what was found, where, what was expected and what to do. All problems of one input travel in one error.
+To add a kind: derive it here, draw it above, give it an exit code, and name it in docs/errors.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+# Exit codes of the command line. 3 and 4 are answers, not errors: see burnish.cli.
+EXIT_DONE, EXIT_OUR_FAULT, EXIT_USER_INPUT, EXIT_GATE_SAID_NO, EXIT_CANT_TELL = 0, 1, 2, 3, 4
+SHOWN_PROBLEMS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    where: str  # file:line:field · recipe.yaml:7 training.learning_rate · a tensor's name
+    found: str
+    do: str  # what was expected and what to do
+
+    def __str__(self) -> str:
+        return f"{self.where} — {self.found} — {self.do}"
+
+
+class BurnishWarning(UserWarning):
+    """Something the user should know that does not stop the run."""
+
+
+class BurnishError(Exception):
+    exit_code: ClassVar[int] = EXIT_OUR_FAULT
+
+    def __init__(self, message: str, problems: Iterable[Problem] = ()) -> None:
+        self.message = message
+        self.problems = tuple(problems)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"  … and {len(self.problems) - SHOWN_PROBLEMS} more")
+        return "\n".join(lines)
+
+
+class RecipeError(BurnishError):
+    exit_code = EXIT_USER_INPUT
+
+
+class DataError(BurnishError):
+    exit_code = EXIT_USER_INPUT
+
+
+class ModelError(BurnishError):
+    exit_code = EXIT_USER_INPUT
+
+
+class TrainingError(BurnishError):
+    pass
+
+
+class ServingError(BurnishError):
+    pass
+
+
+@contextmanager
+def missing_extra(extra: str, purpose: str, kind: type[BurnishError] = ModelError) -> Iterator[None]:
+    """Turn the ImportError of an optional library into an error that names the extra to install."""
+    try:
+        yield
+    except ImportError as problem:
+        raise kind(f"{purpose} needs the extra `{extra}` ({problem.name} is not installed): pip install 'burnish[{extra}]'") from problem
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError of a write into an error that says which place is full, read-only or forbidden."""
+    try:
+        yield
+    except OSError as problem:
+        what = problem.strerror or str(problem)
+        raise TrainingError(
+            f"cannot write {os.fspath(path)}: {what}. Nothing half-written is left; free space or choose another place with --run, "
+            "then repeat the command: finished steps are kept"
+        ) from problem

@@ -1,0 +1,16 @@
+"""Weights and tokens. torch starts here.
+
+in          a recipe's `model` section
+out         a Chat (tokenizer + template) and a model; answers from `generate`
+invariant   one function turns messages into tokens for training, evaluation and serving; nothing from a model's folder is ever run
+"""
+
+from burnish.models.chat import IGNORED, Chat, make_chat
+from burnish.models.generate import Generation, Limits, generate
+from burnish.models.load import find_model, load_chat, load_model, resolve_device, resolve_dtype, weights_hash
+from burnish.models.methods import LEARNING_RATES, METHODS, load_adapter, trainable_parameters
+
+__all__ = [
+    "IGNORED", "LEARNING_RATES", "METHODS", "Chat", "Generation", "Limits", "find_model", "generate", "load_adapter", "load_chat", "load_model",
+    "make_chat", "resolve_device", "resolve_dtype", "trainable_parameters", "weights_hash",
+]  # fmt: skip

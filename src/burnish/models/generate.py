@@ -1,0 +1,239 @@
+"""Batched greedy generation, each request answered as if it were alone.
+
+Requests are sorted by length and taken in batches. What all of them begin with (an instruction, fixed examples) is computed once and its
+keys and values are shared. A finished request leaves its batch at once. Masks are built from positions, so padding changes nothing, not
+even in layers with a sliding window; tests compare with transformers' own `generate`, one request at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from burnish.models.chat import Chat
+from burnish.types import Tell, silent
+
+# Fewer shared tokens than this are not worth a pass of their own.
+_LEAST_SHARED = 16
+_GROWTH_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    text: str
+    finish_reason: str  # stop · length
+    prompt_tokens: int
+    completion_tokens: int  # with the stop token, without what follows a stop text
+    seconds: float  # from the start of the batch to this request's last token
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_new_tokens: int
+    stop_texts: tuple[str, ...] = ()  # an answer ends before any of these (not counting white space it begins with)
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that grows by blocks: appending a token copies that token, not the whole past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[-2]
+        if self.length == 0:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        if self.length + new > self.keys.shape[-2]:
+            self.keys, self.values = (self._grown(old, fresh) for old, fresh in ((self.keys, key_states), (self.values, value_states)))
+        self.keys[..., self.length : self.length + new, :] = key_states
+        self.values[..., self.length : self.length + new, :] = value_states
+        self.length += new
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+
+    def _grown(self, old: Tensor, fresh: Tensor) -> Tensor:
+        capacity = self.length + fresh.shape[-2] + _GROWTH_TOKENS
+        grown = fresh.new_empty((*fresh.shape[:-2], capacity, fresh.shape[-1]))  # (B, H_kv, capacity, D)
+        grown[..., : self.length, :] = old[..., : self.length, :]
+        return grown
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+
+def generate(
+    model: Any, chat: Chat, prompts: Sequence[Sequence[int]], limits: Limits, *, batch_size: int = 32, tell: Tell = silent
+) -> Iterator[list[tuple[int, Generation]]]:
+    """Yield, batch by batch, (index into `prompts`, answer). Greedy; deterministic for a given batch size."""
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    masks = _Masks(model.config)
+    shared = _common_prefix([prompts[index] for index in order]) if masks.by_position else 0
+    shared_cache = None
+    done = 0
+    tell("generating", 0, len(prompts), "")
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        with torch.inference_mode():
+            if shared >= _LEAST_SHARED and shared_cache is None:
+                shared_cache = _prefill_shared(model, masks, list(prompts[order[0]][:shared]))
+            skip = shared if shared_cache is not None else 0
+            answers = _generate_batch(model, chat, [list(prompts[i][skip:]) for i in batch], limits, masks, shared_cache, skip)
+        done += len(batch)
+        tell("generating", done, len(prompts), "")
+        yield list(zip(batch, answers, strict=True))
+
+
+class _Masks:
+    """Attention masks from positions. Models whose layers are of a kind we do not know get transformers' own masks and no sharing."""
+
+    def __init__(self, config: Any) -> None:
+        config = config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        self.named = kinds is not None  # the model takes one mask per kind of layer, by name
+        self.layers = int(config.num_hidden_layers)
+        self.windows: dict[str, int | None] = {}
+        for kind in dict.fromkeys(kinds or ["full_attention" if window is None else "sliding_attention"]):
+            self.windows[kind] = window if kind == "sliding_attention" else None
+        self.by_position = set(self.windows) <= {"full_attention", "sliding_attention"} and not getattr(config, "num_kv_shared_layers", 0)
+
+    def build(self, query: Tensor, key: Tensor) -> Any:
+        """query: (B, T) positions, key: (B, S) positions with -1 where there is padding → masks (B, 1, T, S), True = may look."""
+        distance = query[:, None, :, None] - key[:, None, None, :]
+        causal = (distance >= 0) & (key >= 0)[:, None, None, :]
+        # A padding query looks at everything, so that its softmax is finite; nothing ever looks at it.
+        causal |= (query < 0)[:, None, :, None]
+        masks = {
+            kind: causal if window is None else causal & ((distance < window) | (query < 0)[:, None, :, None])
+            for kind, window in self.windows.items()
+        }
+        return masks if self.named else next(iter(masks.values()))
+
+    def cache(self) -> Cache:
+        return Cache(layers=[_GrowingLayer() for _ in range(self.layers)])
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share; at least one token of each is left over."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # what the extremes of an ordering share, all share
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(shared, min(map(len, prompts)) - 1)
+
+
+def _prefill_shared(model: Any, masks: _Masks, prefix: list[int]) -> Cache:
+    cache = masks.cache()
+    ids = torch.tensor([prefix], device=model.device)  # (1, P)
+    positions = torch.arange(len(prefix), device=model.device)[None]
+    model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=masks.build(positions, positions),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return cache
+
+
+def _repeated(shared: Cache, masks: _Masks, rows: int) -> Cache:
+    cache = masks.cache()
+    for layer, source in zip(cache.layers, shared.layers, strict=True):
+        layer.update(
+            source.keys[..., : source.length, :].expand(rows, -1, -1, -1), source.values[..., : source.length, :].expand(rows, -1, -1, -1)
+        )
+    return cache
+
+
+def _generate_batch(
+    model: Any, chat: Chat, prompts: list[list[int]], limits: Limits, masks: _Masks, shared: Cache | None, skip: int
+) -> list[Generation]:
+    """Prompts without their shared first `skip` tokens → answers, in order."""
+    started = time.perf_counter()
+    rows, width, device = len(prompts), max(map(len, prompts)), model.device
+    ids = torch.full((rows, width), chat.stop_ids[-1], device=device)  # (B, T), padded on the left
+    positions = torch.full((rows, width), -1, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        positions[row, width - len(prompt) :] = torch.arange(skip, skip + len(prompt), device=device)
+    prefix = torch.arange(skip, device=device).expand(rows, -1)
+    key_positions = torch.cat([prefix, positions], dim=1)  # (B, S)
+    cache = (
+        _repeated(shared, masks, rows) if shared is not None else masks.cache() if masks.by_position else DynamicCache(config=model.config)
+    )
+    written: list[list[int]] = [[] for _ in range(rows)]
+    result: list[Generation | None] = [None] * rows
+    active = list(range(rows))
+    step_ids, step_positions = ids, positions
+    for _ in range(limits.max_new_tokens):
+        mask = masks.build(step_positions, key_positions) if masks.by_position else (key_positions >= 0).long()
+        # The last place as an index, not as the number 1: a slice reaches the head strided, and torch 2.13 then copies the head's
+        # whole matrix once per row (0.3 GB each).
+        last = torch.tensor([step_ids.shape[1] - 1], device=device)
+        output = model(
+            input_ids=step_ids,
+            position_ids=step_positions.clamp(min=0),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
+        tokens = output.logits[:, -1].argmax(-1)  # (B,)
+        going = []
+        for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            written[row].append(token)
+            reason = _finished(chat, written[row], limits)
+            if reason is None:
+                going.append(place)
+            else:
+                tokens_in = skip + len(prompts[row])
+                result[row] = Generation(
+                    _text(chat, written[row], limits), reason, tokens_in, len(written[row]), time.perf_counter() - started
+                )
+        if not going:
+            break
+        if len(going) < len(active):
+            keep = torch.tensor(going, device=device)
+            _select(cache, keep)
+            tokens, step_positions, key_positions = tokens[keep], step_positions[keep], key_positions[keep]
+            active = [active[place] for place in going]
+        step_ids, step_positions = tokens[:, None], step_positions[:, -1:] + 1
+        key_positions = torch.cat([key_positions, step_positions], dim=1)
+    return [answer for answer in result if answer is not None]
+
+
+def _select(cache: Cache, keep: Tensor) -> None:
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+
+
+def _finished(chat: Chat, written: list[int], limits: Limits) -> str | None:
+    if written[-1] in chat.stop_ids:
+        return "stop"
+    # A stop text ends with the newest token or is not new, so the last few tokens tell.
+    if limits.stop_texts and _cut(chat.decode(written[-24:]) if len(written) > 24 else chat.decode(written).lstrip(), limits) is not None:
+        return "stop"
+    return "length" if len(written) >= limits.max_new_tokens else None
+
+
+def _text(chat: Chat, written: list[int], limits: Limits) -> str:
+    text = chat.decode(written).strip()
+    cut = _cut(text, limits)
+    return (text if cut is None else text[:cut]).strip()
+
+
+def _cut(text: str, limits: Limits) -> int | None:
+    """Where the first stop text begins, after at least one character of an answer."""
+    places = [place for stop in limits.stop_texts if (place := text.find(stop)) > 0]
+    return min(places) if places else None

@@ -1,0 +1,56 @@
+"""How a base model becomes trainable. METHODS is the table; today it has one row, and each row is a function of the same form.
+
+To add a method: write base model, recipe → trainable model, and add a line to METHODS; tests/contract/test_methods.py then runs on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from burnish.errors import ModelError
+from burnish.recipe import Recipe
+
+# Peak learning rates that `auto` becomes. Measured for LoRA of rank 16 on all linear layers of Gemma 3 270M (docs/performance.md).
+LEARNING_RATES = {"lora": 1e-3}
+
+
+def lora(model: Any, recipe: Recipe) -> Any:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT: y = W x + alpha/r · B A x, B = 0 at the start, so a fresh adapter changes nothing.
+
+    The adapter lives in the base's compute type; the loop keeps float32 masters of it. Raises ModelError where no module has the name asked for.
+    """
+    config = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(recipe.seed)
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as problem:
+        raise ModelError(f"lora.target_modules: {recipe.lora.target_modules}: {str(problem)[:300]}") from problem
+
+
+METHODS: dict[str, Callable[[Any, Recipe], Any]] = {"lora": lora}
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put a saved adapter on its base, in evaluation mode. Raises ModelError where the folder holds none that fits."""
+    if not (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder}: no adapter there; run `burnish train` first")
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        raise ModelError(f"{folder}: the adapter does not fit the base model: {str(problem)[:400]}") from problem
+
+
+def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,343 @@
+"""Run: the folder contract. It owns every file name, the lock, the status and the event log.
+
+    runs/NAME/
+    ├── recipe.yaml            what was asked (with overrides), data paths absolute
+    ├── recipe.resolved.yaml   what `auto` became
+    ├── run.json               versions, machine, and for each step: state, seconds, hash of what it read
+    ├── events.jsonl           what happened, in order
+    ├── lock                   held by the process that works here
+    ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json
+    ├── candidates/            selection.json, one predictions file per candidate
+    ├── training/              metrics.jsonl, summary.json
+    ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
+    ├── comparison.json        scores, intervals, verdict
+    └── report.html report.json
+
+A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import BurnishError, DataError, RecipeError, disk_errors
+from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_recipe
+
+STEPS = ("prepare", "baselines", "train", "evaluate", "compare", "report")
+
+
+class Run:
+    """A run's folder. Every step reads from it and writes into it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    # ------------------------------------------------------------------------------------------------ places
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved_file(self) -> Path:
+        return self.path / "recipe.resolved.yaml"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    def split_file(self, split: str) -> Path:
+        return self.path / "data" / f"{split}.jsonl"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "data" / "manifest.json"
+
+    @property
+    def selection_file(self) -> Path:
+        return self.path / "candidates" / "selection.json"
+
+    def predictions_file(self, candidate: str) -> Path:
+        return self.path / "candidates" / f"{candidate}.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "training" / "metrics.jsonl"
+
+    @property
+    def training_file(self) -> Path:
+        return self.path / "training" / "summary.json"
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def comparison_file(self) -> Path:
+        return self.path / "comparison.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def report_json_file(self) -> Path:
+        return self.path / "report.json"
+
+    # ------------------------------------------------------------------------------------------------ life
+    @classmethod
+    def create(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False) -> Run:
+        """Open the run for this recipe, or start it. A folder of another recipe is refused with the keys that differ."""
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise RecipeError(f"{run.path} is a file; a run is a folder: choose another place with --run")
+        if fresh and run.path.exists():
+            if any(run.path.iterdir()) and not run.recipe_file.exists():
+                raise RecipeError(f"{run.path} is not empty and not a run: --fresh will not delete it")
+            with run.lock():
+                run._clear()
+        with disk_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        if run.recipe_file.exists():
+            before = load_recipe(run.recipe_file)
+            if changed := differences(before, recipe):
+                listed = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in sorted(changed.items()))
+                raise RecipeError(
+                    f"{run.path} holds a run of another recipe ({listed}). Choose another --run, or --fresh to start it anew and delete what is there"
+                )
+        else:
+            run.write_text(run.recipe_file, dump_recipe(recipe))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        run = cls(path)
+        if not run.recipe_file.exists():
+            raise RecipeError(f"{run.path} is not a run (no recipe.yaml there). `burnish runs list` shows the runs in ./runs")
+        return run
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe if there is one, else the recipe."""
+        return load_recipe(self.resolved_file if self.resolved_file.exists() else self.recipe_file)
+
+    def resolve(self, values: Mapping[str, Any]) -> Recipe:
+        """Write down what `auto` became. `values` maps dotted keys to values."""
+        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        resolved = build_recipe(self.recipe().to_dict(), overrides=overrides, origin=str(self.resolved_file))
+        self.write_text(self.resolved_file, dump_recipe(resolved))
+        return resolved
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process works in a run at a time; the kernel frees the lock when the process dies."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = os.read(handle, 32).decode(errors="replace").strip() or "?"
+                raise RecipeError(f"{self.path} is in use by process {owner}: wait for it, or choose another --run") from None
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+            yield
+        finally:
+            os.close(handle)
+
+    # ------------------------------------------------------------------------------------------------ status and steps
+    def status(self) -> dict[str, Any]:
+        return self.read_json(self.status_file) if self.status_file.exists() else {"created": _now(), "steps": {}}
+
+    def step_done(self, step: str, inputs: str) -> bool:
+        """Whether the step ended well on the same inputs (a hash of what it read)."""
+        entry = self.status()["steps"].get(step, {})
+        return bool(entry.get("state") == "done" and entry.get("inputs") == inputs)
+
+    @contextmanager
+    def step(self, step: str, inputs: str) -> Iterator[dict[str, Any]]:
+        """Record a step's start, end and failure. What the caller puts into the yielded dict is kept in the status."""
+        entry: dict[str, Any] = {"state": "running", "inputs": inputs, "started": _now()}
+        self._note_step(step, entry)
+        self.event("step_started", step=step)
+        start = time.monotonic()
+        try:
+            yield entry
+        except BaseException as problem:
+            entry |= {
+                "state": "failed",
+                "seconds": round(time.monotonic() - start, 3),
+                "error": str(problem)[:2000] or type(problem).__name__,
+            }
+            # The failure being told must not hide the failure itself (a full disk fails here again).
+            with contextlib.suppress(OSError, BurnishError):
+                self._note_step(step, entry)
+                self.event("step_failed", step=step, error=entry["error"])
+            raise
+        entry |= {"state": "done", "seconds": round(time.monotonic() - start, 3)}
+        self._note_step(step, entry)
+        self.event("step_done", step=step, seconds=entry["seconds"])
+
+    def note(self, **values: Any) -> None:
+        """Keep facts of the whole run (versions, machine) in its status."""
+        self.write_json(self.status_file, self.status() | values)
+
+    def event(self, kind: str, **values: Any) -> None:
+        append_line(self.events_file, {"time": _now(), "event": kind, **values})
+
+    def _note_step(self, step: str, entry: Mapping[str, Any]) -> None:
+        status = self.status()
+        status["steps"][step] = dict(entry)
+        self.write_json(self.status_file, status)
+
+    def _clear(self) -> None:
+        for child in self.path.iterdir():
+            if child.name == "lock":
+                continue
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
+    # ------------------------------------------------------------------------------------------------ files
+    def write_text(self, path: Path, text: str) -> None:
+        write_whole(path, text.encode("utf-8"))
+
+    def write_json(self, path: Path, content: Any) -> None:
+        self.write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+    def write_jsonl(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+    def read_json(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path} is not there yet: {_step_that_writes(path)}") from None
+        except (OSError, ValueError) as problem:
+            raise DataError(
+                f"{path} cannot be read: {problem}. It was changed by hand or the disk is damaged; --fresh starts the run anew"
+            ) from problem
+
+    def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
+        return list(read_lines(path)) if path.exists() else []
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write aside, fsync, rename, fsync the folder: the name holds the old file or the whole new one, never a part."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            raise
+        fsync_folder(path.parent)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder aside, fsync what is in it, rename it into place. On any failure nothing is left."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield aside
+            for file in sorted(aside.rglob("*")):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            fsync_folder(aside)
+            os.chmod(aside, 0o755)
+            if path.exists():
+                old = path.with_name(f".{path.name}.old.tmp")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+                os.replace(aside, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(aside, path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line. A reader ignores a last line that a crash cut short (`read_lines`)."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        # A line cut short by a crash must not swallow the next one.
+        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(("\n" if torn else "") + line)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file this package wrote line by line; a line cut short by a crash is left out, so its work is done again."""
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_of(*parts: Any) -> str:
+    """16 hex digits over JSON values: the same content gives the same hash on every machine."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "surrogatepass")).hexdigest()[
+        :16
+    ]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _step_that_writes(path: Path) -> str:
+    step = {"data": "prepare", "candidates": "evaluate", "training": "train", "adapter": "train"}.get(path.parent.name)
+    step = step or {"comparison.json": "compare", "report.json": "report"}.get(path.name, "run")
+    return f"run `burnish {step}` first"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,78 @@
+"""What "good" means.
+
+In: predictions and references as text (never tensors). Out: scores, headlines, intervals and verdicts. Invariant: pure
+functions of texts, numbers and a seed; no text makes one raise, and what cannot be judged is *unscored*, with a reason.
+"""
+
+from burnish.tasks.metrics import METRICS, FieldScore, Metric, json_fields
+from burnish.tasks.statistics import (
+    CORPUS_RESAMPLES,
+    RESAMPLES,
+    Difference,
+    bootstrap_interval,
+    build_comparisons,
+    compare,
+    compare_corpus,
+    corpus_bootstrap,
+    detectable_difference,
+    holm,
+    judge,
+    mcnemar_exact,
+    paired_bootstrap,
+    sign_flip_test,
+    verdict,
+    wilson,
+)
+from burnish.tasks.task import (
+    TASKS,
+    Headline,
+    Kind,
+    Task,
+    counts,
+    detect_task,
+    find_metric,
+    headline,
+    measure,
+    names_code,
+    score_rows,
+    task_for,
+    texts,
+    values,
+)
+
+__all__ = [
+    "CORPUS_RESAMPLES",
+    "METRICS",
+    "RESAMPLES",
+    "TASKS",
+    "Difference",
+    "FieldScore",
+    "Headline",
+    "Kind",
+    "Metric",
+    "Task",
+    "bootstrap_interval",
+    "build_comparisons",
+    "compare",
+    "compare_corpus",
+    "corpus_bootstrap",
+    "counts",
+    "detect_task",
+    "detectable_difference",
+    "find_metric",
+    "headline",
+    "holm",
+    "json_fields",
+    "judge",
+    "mcnemar_exact",
+    "measure",
+    "names_code",
+    "paired_bootstrap",
+    "score_rows",
+    "sign_flip_test",
+    "task_for",
+    "texts",
+    "values",
+    "verdict",
+    "wilson",
+]
