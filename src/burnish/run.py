@@ -132,13 +132,16 @@ class Run:
         return run
 
     def recipe(self) -> Recipe:
-        """The resolved recipe if there is one, else the recipe."""
+        """The resolved recipe if there is one, else the recipe as asked."""
         return load_recipe(self.resolved_file if self.resolved_file.exists() else self.recipe_file)
+
+    def recipe_as_asked(self) -> Recipe:
+        return load_recipe(self.recipe_file)
 
     def resolve(self, values: Mapping[str, Any]) -> Recipe:
         """Write down what `auto` became. `values` maps dotted keys to values."""
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        resolved = build_recipe(self.recipe().to_dict(), overrides=overrides, origin=str(self.resolved_file))
+        resolved = build_recipe(self.recipe_as_asked().to_dict(), overrides=overrides, origin=str(self.resolved_file))
         self.write_text(self.resolved_file, dump_recipe(resolved))
         return resolved
 
@@ -341,3 +344,27 @@ def _step_that_writes(path: Path) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """One row per run in a folder, the newest first; a folder that is not a run is passed over."""
+    rows = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        run = Run(path)
+        if not run.recipe_file.exists():
+            continue
+        status = run.status()
+        comparison = run.read_json(run.comparison_file) if run.comparison_file.exists() else {}
+        scores = {row["name"]: row["score"] for row in comparison.get("candidates", ())}
+        last = next(reversed(status["steps"].items()), ("", {"state": "new"}))
+        rows.append(
+            {
+                "name": path.name,
+                "created": status["created"],
+                "state": "done" if last[0] == STEPS[-1] and last[1]["state"] == "done" else f"{last[0]} {last[1]['state']}".strip(),
+                "verdict": comparison.get("verdict"),
+                "tuned": scores.get("tuned"),
+                "best_baseline": scores.get(comparison.get("best_baseline")),
+            }
+        )
+    return sorted(rows, key=lambda row: str(row["created"]), reverse=True)

@@ -15,34 +15,38 @@ from torch import Tensor
 
 from burnish.training.pack import Batch
 
-# 128 rows × 262,144 words × 4 bytes = 134 MB of logits at most.
-_BLOCK_LOGITS = 128 * 262_144
+# 64 rows × 262,144 words × 4 bytes = 67 MB for each of two buffers, whatever the batch.
+_BLOCK_LOGITS = 64 * 262_144
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Σ cross-entropy(hidden · weightᵀ · scale…, targets) for a frozen head; the gradient with respect to `hidden` is made going forward."""
+    """Σ cross-entropy(hidden · weightᵀ, targets) for a frozen head; the gradient with respect to `hidden` is made on the way forward.
+
+    The buffers of a block are used again by the next: on a CPU, touching fresh memory costs more than the arithmetic.
+    """
 
     @staticmethod
-    def forward(
-        context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
-    ) -> Tensor:  # hidden: (N, D), weight: (V, D)
-        needs_gradient = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if needs_gradient else None
+    def forward(context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        # hidden: (N, D), weight: (V, D), targets: (N,)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        rows = max(1, _BLOCK_LOGITS // weight.shape[0])
+        rows = min(max(1, _BLOCK_LOGITS // weight.shape[0]), max(1, hidden.shape[0]))
+        narrow = hidden.new_empty(rows, weight.shape[0])  # (n, V) in the compute type
+        wide, result = (torch.empty(rows, weight.shape[0], device=hidden.device) for _ in range(2))  # (n, V) in float32
         for start in range(0, hidden.shape[0], rows):
-            block, wanted = hidden[start : start + rows], targets[start : start + rows]
-            logits = (block @ weight.T).float()  # (n, V)
+            block, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            n = block.shape[0]
+            logits = wide[:n].copy_(torch.mm(block, weight.T, out=narrow[:n]))
             if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)  # (n, 1)
-            total += (log_normaliser.squeeze(1) - logits.gather(1, wanted[:, None]).squeeze(1)).double().sum()
+                logits.div_(softcap).tanh_().mul_(softcap)
+            log_probabilities = torch.log_softmax(logits, -1, out=result[:n])
+            total -= log_probabilities.gather(1, wanted).double().sum()
             if gradient is not None:
-                slope = torch.exp(logits - log_normaliser)  # d loss / d logits = softmax − one-hot
-                slope.scatter_add_(1, wanted[:, None], torch.full_like(log_normaliser, -1.0))
+                slope = log_probabilities.exp_()  # d loss / d logits = softmax − one-hot
+                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
                 if softcap is not None:
-                    slope *= 1 - (logits / softcap) ** 2
-                gradient[start : start + rows] = slope.to(weight.dtype) @ weight
+                    slope.mul_(1 - (logits / softcap) ** 2)
+                torch.mm(narrow[:n].copy_(slope), weight, out=gradient[start : start + n])
         context.gradient = gradient
         return total.float()
 
@@ -50,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         gradient = context.gradient
         context.gradient = None
-        return (None if gradient is None else gradient * outputs[0].to(gradient.dtype)), None, None, None
+        return (None if gradient is None else gradient.mul_(outputs[0].to(gradient.dtype))), None, None, None
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:

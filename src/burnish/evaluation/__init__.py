@@ -1,0 +1,73 @@
+"""Candidates measured on the same rows.
+
+in          a run with its data prepared (and, for `tuned`, its adapter)
+out         candidates/selection.json, one predictions file per candidate, comparison.json
+invariant   every candidate answers the same rows; what is chosen is chosen on validation rows; a verdict has a number and an interval
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
+from burnish.evaluation.compare import compare_run, detectable
+from burnish.evaluation.predict import Options, predict
+from burnish.evaluation.select import select
+from burnish.models import Chat, Limits, load_adapter, load_model, weights_hash
+from burnish.recipe import Recipe
+from burnish.run import Run, hash_file, hash_of
+from burnish.tasks import Task, find_metric
+from burnish.types import Dataset, Example, Tell, silent
+
+_LONGEST_CONTEXT_TOKENS = 8192  # of a baseline's prompt, even where the model could read more
+
+
+def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, trained: bool, tell: Tell = silent) -> None:
+    """Answer the test rows with the candidates that need no training (`trained=False`, after choosing their prompts on validation rows)
+    or with those that do. Answers already in the run are kept."""
+    names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
+    if not names:
+        return
+    model = load_model(recipe.model, tell)
+    identity = weights_hash(recipe.model.name)
+    if trained:
+        model = load_adapter(model, run.adapter_folder)
+        identity = hash_of(identity, hash_file(run.adapter_folder / "adapter_model.safetensors"))
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
+    room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=room)
+    options = Options(recipe.evaluation.batch_size, identity=identity, tell=tell)
+    chosen = {} if trained else _choose(run, model, names, dataset.validation, context, limits, recipe, task, options)
+    for name in names:
+        setting = Setting(**chosen[name]) if name in chosen else Setting()
+        kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
+        predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
+
+
+def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
+    """Where no training answer has a line break, an untrained model's answer ends at the first one; likewise with empty lines."""
+    references = [example.reference.strip() for example in train]
+    for stop in ("\n", "\n\n"):
+        if not any(stop in text for text in references):
+            return Limits(max_new_tokens, (stop,))
+    return Limits(max_new_tokens)
+
+
+def _choose(
+    run: Run, model: Any, names: Sequence[str], validation: Sequence[Example], context: Context, limits: Limits, recipe: Recipe, task: Task,
+    options: Options,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    rows = sorted(validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
+    key = hash_of(names, [row.id for row in rows], recipe.to_dict()["evaluation"], task.metric, context.instruction, options.identity)
+    if run.selection_file.exists() and (before := run.read_json(run.selection_file)).get("key") == key:
+        return dict(before["chosen"])
+    found = select(
+        model, names, rows, context=context, limits=limits, metric=find_metric(task.metric), settings=recipe.evaluation, options=options
+    )
+    run.write_json(run.selection_file, {"key": key, **found})
+    return dict(found["chosen"])
+
+
+__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "limits_for"]

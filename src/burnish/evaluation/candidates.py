@@ -1,0 +1,150 @@
+"""What competes on the same rows. CANDIDATES is the table: each turns an example into the messages that its model is given.
+
+To add a candidate: write a function (Example, Setting, Context) → messages, and add a line to CANDIDATES.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from burnish.errors import ModelError
+from burnish.evaluation.retrieve import Retriever, varied
+from burnish.models import Chat
+from burnish.tasks import Task
+from burnish.types import Example, Message
+
+_LISTED_VALUES = 60  # a key with more values than this is described, not listed
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is chosen on validation rows."""
+
+    prompt_form: str = "as_is"  # as_is: the row's messages · instructed: with an instruction in front
+    shots: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    chat: Chat
+    instruction: str
+    train: tuple[Example, ...]
+    retriever: Retriever
+    prompt_limit: int  # tokens a prompt may have in this model's context
+    takes_system: bool  # whether the template has a place for a system message
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    title: str
+    messages: Callable[[Example, Setting, Context], list[Message]]
+    shots: bool = False  # whether numbers of shots are tried
+    trained: bool = False  # needs the run's adapter
+
+
+def _base(example: Example, setting: Setting, context: Context) -> list[Message]:
+    return _arrange(example, [], setting, context)
+
+
+def _few_shot(example: Example, setting: Setting, context: Context) -> list[Message]:
+    return _arrange(example, varied(context.train, setting.shots), setting, context)
+
+
+def _few_shot_retrieved(example: Example, setting: Setting, context: Context) -> list[Message]:
+    return _arrange(example, context.retriever.nearest(example.question, setting.shots), setting, context)
+
+
+def _tuned(example: Example, setting: Setting, context: Context) -> list[Message]:
+    return list(example.prompt)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "base": Candidate("base model, zero-shot", _base),
+    "few_shot": Candidate("base model, fixed examples", _few_shot, shots=True),
+    "few_shot_retrieved": Candidate("base model, retrieved examples", _few_shot_retrieved, shots=True),
+    "tuned": Candidate("fine-tuned", _tuned, trained=True),
+}
+
+
+def make_context(chat: Chat, task: Task, train: Sequence[Example], *, instruction: str | None, prompt_limit: int) -> Context:
+    takes_system = True
+    try:
+        chat.render([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], add_generation_prompt=True)
+    except ModelError:
+        takes_system = False
+    return Context(chat, instruction or write_instruction(task, train), tuple(train), Retriever(train), prompt_limit, takes_system)
+
+
+def prompt_ids(candidate: str, example: Example, setting: Setting, context: Context) -> list[int]:
+    """The tokens a candidate's model is given. Examples that do not fit the model's context are left out, the farthest first."""
+    shots = setting.shots
+    while True:
+        messages = CANDIDATES[candidate].messages(example, Setting(setting.prompt_form, shots), context)
+        ids = context.chat.prompt_ids(messages)
+        if len(ids) <= context.prompt_limit or shots == 0:
+            return ids
+        shots -= max(1, shots // 8)
+
+
+def write_instruction(task: Task, train: Sequence[Example]) -> str:
+    """What a person would tell an untrained model, written from the training rows: the form, the labels, the keys and their values."""
+    references = [example.reference for example in train]
+    if task.kind == "json":
+        return _describe_json(references)
+    if task.labels:
+        return f"Classify the input. Answer with exactly one of these labels and nothing else: {', '.join(sorted(task.labels))}."
+    if task.kind == "numeric":
+        return "Solve the problem step by step. End with a last line: #### and the final number."
+    shortest = sorted(references, key=lambda text: (abs(len(text) - _median_length(references)), text))[0]
+    if task.kind == "structured":
+        names = [name for name, _ in Counter(text.split("(")[0] for text in references if "(" in text).most_common(20)]
+        known = f" The forms are: {', '.join(names)}." if len(names) > 1 and all(len(name) < 30 for name in names) else ""
+        return f"Answer in one line, in exactly the form of this example and nothing else: {shortest}{known}"
+    return f"Answer as in this example of an answer: {shortest[:500]}"
+
+
+def _describe_json(references: Sequence[str]) -> str:
+    values: dict[str, Counter[str]] = defaultdict(Counter)
+    for text in references:
+        try:
+            content = json.loads(text)
+        except ValueError:
+            continue
+        for key, value in content.items() if isinstance(content, dict) else ():
+            values[key][json.dumps(value, ensure_ascii=False)] += 1
+    always = [key for key, counts in values.items() if sum(counts.values()) >= len(references)]
+    lines = ["Turn the input into one line of JSON and write nothing else."]
+    for key in [*always, *(key for key in values if key not in always)]:
+        counts = values[key]
+        need = "always" if key in always else "only where the input says it"
+        # A key whose values repeat is a choice; one whose values hardly repeat is free text or a number.
+        if len(counts) <= _LISTED_VALUES and sum(counts.values()) >= 4 * len(counts):
+            lines.append(f'"{key}" ({need}): one of {", ".join(sorted(counts))}')
+        else:
+            lines.append(f'"{key}" ({need}): for example {", ".join(value for value, _ in counts.most_common(3))}')
+    return "\n".join(lines)
+
+
+def _median_length(texts: Sequence[str]) -> int:
+    return sorted(map(len, texts))[len(texts) // 2]
+
+
+def _arrange(example: Example, shots: Sequence[Example], setting: Setting, context: Context) -> list[Message]:
+    """[system] + examples as turns + the question. The row's own system message stays first, the instruction before it."""
+    messages = [dict(message) for message in example.prompt]
+    head = [messages.pop(0)["content"]] if messages and messages[0]["role"] == "system" else []
+    if setting.prompt_form == "instructed":
+        head.insert(0, context.instruction)
+    turns: list[Message] = []
+    for shot in shots:
+        turns += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": shot.reference}]
+    turns += messages
+    if not head:
+        return turns
+    text = "\n\n".join(head)
+    if context.takes_system:
+        return [{"role": "system", "content": text}, *turns]
+    return [{**turns[0], "content": f"{text}\n\n{turns[0]['content']}"}, *turns[1:]]

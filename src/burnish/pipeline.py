@@ -1,0 +1,216 @@
+"""The whole story, the doors called in order. Read this first.
+
+    data      collect the rows, check them, split them                                        prepare
+    evaluate  measure what needs no training: base model, fixed examples, retrieved ones      baselines
+    train     fine-tune; keep the checkpoint with the best validation loss                    train
+    evaluate  the fine-tuned model answers the same test rows                                 evaluate
+    compare   scores with intervals, paired tests, one verdict                                compare
+    report    one HTML page and one JSON file                                                 report
+
+Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
+so a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from burnish import data as data_room
+from burnish import evaluation, report, training
+from burnish.data import SPLITS, Checked, Loaded
+from burnish.errors import DataError
+from burnish.evaluation import CANDIDATES
+from burnish.models import LEARNING_RATES, Chat, load_chat, resolve_device, resolve_dtype
+from burnish.recipe import Recipe, build_recipe, load_recipe
+from burnish.run import Run, hash_file, hash_of
+from burnish.tasks import Task, detect_task, find_metric, task_for
+from burnish.types import Dataset, Tell, silent
+
+DEMO = {
+    "name": "demo",
+    "model": "gemma-3-270m",
+    "data": {"train": "demo:home-assistant/en", "train_rows": 2400, "validation_rows": 100, "test_rows": 150},
+    "training": {"epochs": 1, "micro_batch_size": 16, "validations_per_epoch": 4},
+}
+
+
+def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, tell: Tell = silent) -> Run:
+    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError."""
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    job = Run.create(folder or Path("runs") / recipe.name, recipe, fresh=fresh)
+    with job.lock():
+        job.note(versions=versions(), machine=machine())
+        chat = load_chat(recipe.model, tell)
+        dataset = prepare(job, chat=chat, tell=tell)
+        evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
+        if any(CANDIDATES[name].trained for name in recipe.evaluation.candidates):
+            train(job, dataset=dataset, chat=chat, tell=tell)
+            evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
+        compare(job, tell=tell)
+        write_report(job, tell=tell)
+    return job
+
+
+def check(recipe: Recipe, *, tell: Tell = silent) -> tuple[Loaded, dict[str, Checked], Chat]:
+    """Read and check the rows with the recipe's own tokenizer and template. Writes nothing."""
+    loaded = data_room.load(recipe)  # first: a missing file should not wait for a model
+    chat = load_chat(recipe.model, tell)
+    return loaded, _checked(loaded, recipe, chat), chat
+
+
+def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Dataset:
+    """Three JSONL files, a manifest, and the recipe with every `auto` resolved."""
+    recipe = job.recipe_as_asked()
+    inputs = hash_of(recipe.to_dict(), [_fingerprint(getattr(recipe.data, split)) for split in SPLITS])
+    if job.step_done("prepare", inputs):
+        return dataset_of(job)
+    tell("reading the rows", 0, 0, recipe.data.train)
+    with job.step("prepare", inputs) as entry:
+        loaded = data_room.load(recipe)
+        chat = chat or load_chat(recipe.model, tell)
+        dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat), recipe)
+        resolved = job.resolve(_resolved_values(recipe, dataset, chat))
+        for split in SPLITS:
+            job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
+        job.write_json(job.manifest_file, dataset.manifest)
+        entry["rows"] = {split: len(getattr(dataset, split)) for split in SPLITS}
+    counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in SPLITS)
+    removed = "".join(f", {count} left out ({reason})" for reason, count in dataset.manifest["removed_counts"].items())
+    tell("prepared", 0, 0, counts + removed)
+    metric = find_metric(resolved.task.metric)
+    shown = evaluation.detectable(len(dataset.test), resolved, metric)
+    points = "no difference at all; get more test rows" if shown is None else f"differences of about {100 * shown:.0f} points or more"
+    tell("what can be shown", 0, 0, f"{len(dataset.test)} test rows, {metric.title.lower()}: {points}")
+    job.event("detectable_difference", rows=len(dataset.test), difference=shown)
+    return dataset
+
+
+def evaluate(
+    job: Run, *, trained: bool | None = None, dataset: Dataset | None = None, chat: Chat | None = None, tell: Tell = silent
+) -> None:
+    """Answers of the candidates: those that need no training, those that do, or (None) both as far as there is an adapter."""
+    if trained is None:
+        evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
+        if any(CANDIDATES[name].trained for name in job.recipe().evaluation.candidates):
+            evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
+        return
+    dataset, recipe = dataset or dataset_of(job), job.recipe()
+    names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
+    adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
+    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), adapter)
+    step = "evaluate" if trained else "baselines"
+    if not names or (job.step_done(step, inputs) and all(job.predictions_file(name).exists() for name in names)):
+        return
+    with job.step(step, inputs):
+        evaluation.evaluate(
+            job, dataset, recipe, chat or load_chat(recipe.model, tell), task_of(recipe, dataset), trained=trained, tell=tell
+        )
+
+
+def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, tell: Tell = silent) -> dict[str, Any]:
+    """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary."""
+    dataset, recipe = dataset or dataset_of(job), job.recipe()
+    parts = recipe.to_dict()
+    inputs = hash_of({key: parts[key] for key in ("seed", "model", "lora", "training")}, _splits(dataset, ("train", "validation")))
+    if job.step_done("train", inputs) and job.adapter_folder.exists():
+        return dict(job.read_json(job.training_file))
+    with job.step("train", inputs):
+        return training.train(job, dataset, recipe, chat or load_chat(recipe.model, tell), tell)
+
+
+def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
+    """Scores, intervals, paired comparisons and the verdict, from the answers in the run."""
+    dataset, recipe = dataset_of(job), job.recipe()
+    tell("comparing", 0, 0, f"{len(dataset.test)} test rows, {recipe.evaluation.resamples} resamples")
+    with job.step("compare", hash_of(_splits(dataset))):
+        content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test)
+        job.write_json(job.comparison_file, content)
+    return content
+
+
+def write_report(job: Run, *, tell: Tell = silent) -> Path:
+    tell("writing the report", 0, 0, str(job.report_file))
+    with job.step("report", ""):
+        return report.report(job)
+
+
+def dataset_of(job: Run) -> Dataset:
+    """What `prepare` wrote."""
+    parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in SPLITS}
+    return Dataset(parts["train"], parts["validation"], parts["test"], job.read_json(job.manifest_file))
+
+
+def task_of(recipe: Recipe, dataset: Dataset) -> Task:
+    """What good means: chosen by the recipe, else from the training answers."""
+    references = [example.reference for example in dataset.train]
+    detected = detect_task(references)
+    if recipe.task.metric in ("auto", detected.metric):
+        return detected
+    return task_for(recipe.task.metric, references)
+
+
+def demo_recipe(language: str = "en") -> Recipe:
+    content = json.loads(json.dumps(DEMO))
+    content["data"]["train"] = f"demo:home-assistant/{language}"
+    return build_recipe(content)
+
+
+def versions() -> dict[str, str]:
+    names = ("burnish", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "scipy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "memory_gb": round(pages / 1e9, 1)}
+
+
+def _checked(loaded: Loaded, recipe: Recipe, chat: Chat) -> dict[str, Checked]:
+    return data_room.check(loaded, recipe, tokenize=chat.training_tokens, find_control=chat.find_control)
+
+
+def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[str, Any]:
+    """What each `auto` becomes, from the rows, the tokenizer and the machine."""
+    device = resolve_device(recipe.model.device)
+    longest = dataset.manifest["token_lengths"]["train"].get("target_max", 256)
+    task = task_of(recipe, dataset)
+    find_metric(task.metric)  # a metric of the user's own that does not load should not wait for the training
+    values: dict[str, Any] = {
+        "model.device": device,
+        "model.dtype": resolve_dtype(recipe.model.dtype, device),
+        "task.metric": task.metric,
+    }
+    if recipe.model.chat_template == "auto" and chat.template_name != "own":
+        values["model.chat_template"] = chat.template_name
+    if recipe.training.learning_rate == "auto":
+        values["training.learning_rate"] = LEARNING_RATES[recipe.training.method]
+    if recipe.evaluation.max_new_tokens == "auto":
+        values["evaluation.max_new_tokens"] = int(1.25 * longest) + 8
+    return values
+
+
+def _splits(dataset: Dataset, names: Sequence[str] = SPLITS) -> list[str]:
+    return [dataset.manifest["splits"][name]["sha256"] for name in names]
+
+
+def _fingerprint(name: str | None) -> str:
+    path = Path(name) if name else None
+    try:
+        return hash_file(path) if path is not None and path.is_file() else str(name)
+    except OSError as problem:
+        raise DataError(f"{name}: cannot be read: {problem.strerror or problem}") from problem
+
+
+__all__ = ["check", "compare", "dataset_of", "demo_recipe", "evaluate", "prepare", "run_recipe", "train", "write_report"]

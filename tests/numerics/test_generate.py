@@ -1,0 +1,87 @@
+"""Batched generation with shared prefixes against transformers' own `generate`, one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from burnish.models import Chat, Limits, generate
+
+FAMILIES = ("llama", "gemma3")
+
+
+def reference(model: Any, chat: Chat, prompt: list[int], tokens: int) -> tuple[list[int], str]:
+    with torch.inference_mode():
+        out = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=tokens, do_sample=False,
+            eos_token_id=list(chat.stop_ids), pad_token_id=0,
+        )[0][len(prompt) :].tolist()  # fmt: skip
+    return out, "stop" if out[-1] in chat.stop_ids else "length"
+
+
+def prompts_of(chat: Chat, shared: str) -> list[list[int]]:
+    questions = ["red cat", "a green dog and a blue house", "hat", "fish " * 9, "a yellow boat", "bird bird cup", "x", "a white tree 12345"]
+    head = [{"role": "system", "content": shared}] if shared else []
+    return [chat.prompt_ids([*head, {"role": "user", "content": q}]) for q in questions]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", ["", "You are a helpful painter of small animals, houses and boats. Answer briefly. " * 2], ids=["plain", "prefix"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batched_equals_one_by_one(family: str, shared: str, batch_size: int, chat: Chat, tiny_models: Callable[[str], Any]) -> None:
+    """Also where the whole prompt is longer than the sliding window (6) and batches hold padding."""
+    model, prompts = tiny_models(family), prompts_of(chat, shared)
+    found = {index: answer for batch in generate(model, chat, prompts, Limits(20), batch_size=batch_size) for index, answer in batch}
+    assert sorted(found) == list(range(len(prompts)))
+    texts = set()
+    for index, prompt in enumerate(prompts):
+        tokens, reason = reference(model, chat, prompt, 20)
+        assert found[index].text == chat.decode(tokens).strip()
+        assert found[index].finish_reason == reason
+        assert found[index].completion_tokens == len(tokens)
+        assert found[index].prompt_tokens == len(prompt)
+        texts.add(found[index].text)
+    assert len(texts) > 1, "the tiny model answers everything alike: this test would not see a mix-up"
+
+
+def test_a_stop_token_ends_one_request_and_not_its_neighbours(chat: Chat, tiny_models: Callable[[str], Any]) -> None:
+    model, prompts = tiny_models("llama"), prompts_of(chat, "")
+    free = {index: answer for batch in generate(model, chat, prompts, Limits(12)) for index, answer in batch}
+    # Declare some token that occurs early in one answer a stop token.
+    token = chat.tokenizer(free[1].text, add_special_tokens=False)["input_ids"][1]
+    stopping = Chat(chat.tokenizer, chat.template, chat.template_name, (*chat.stop_ids, token))
+    found = {index: answer for batch in generate(model, stopping, prompts, Limits(12)) for index, answer in batch}
+    assert any(answer.finish_reason == "stop" for answer in found.values())
+    for index, prompt in enumerate(prompts):
+        tokens, reason = reference(model, stopping, prompt, 12)
+        assert (found[index].completion_tokens, found[index].finish_reason) == (len(tokens), reason)
+
+
+def test_stop_texts_cut_the_answer(chat: Chat, tiny_models: Callable[[str], Any]) -> None:
+    model, prompts = tiny_models("llama"), prompts_of(chat, "")[:3]
+    free = {index: answer for batch in generate(model, chat, prompts, Limits(12)) for index, answer in batch}
+    stop = next(char for char in free[0].text[1:] if char.strip())
+    found = {index: answer for batch in generate(model, chat, prompts, Limits(12, (stop,))) for index, answer in batch}
+    assert found[0].text == free[0].text[: free[0].text.find(stop, 1)].strip()
+    assert found[0].finish_reason == "stop"
+    assert found[0].completion_tokens <= free[0].completion_tokens
+
+
+@pytest.mark.model
+def test_gemma_batched_equals_one_by_one(gemma: Any) -> None:
+    """In float32, so that rounding does not choose between near-equal words."""
+    chat, model = gemma
+    shots = [{"role": "user", "content": "the capital of France"}, {"role": "assistant", "content": "Paris"}]
+    questions = ["the capital of Germany", "the capital of Italy, please", "2 + 2"]
+    prompts = [chat.prompt_ids([*shots, {"role": "user", "content": q}]) for q in questions]
+    exact = model.float()
+    try:
+        found = {index: answer for batch in generate(exact, chat, prompts, Limits(6)) for index, answer in batch}
+        for index, prompt in enumerate(prompts):
+            assert found[index].text == chat.decode(reference(exact, chat, prompt, 6)[0]).strip()
+    finally:
+        model.bfloat16()
+    assert found[0].text.startswith("Berlin")
