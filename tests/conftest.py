@@ -102,11 +102,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pat
 
 
 def colour_rows(n: int, start: int = 0) -> list[dict[str, Any]]:
-    """Rows of a task that a tiny model learns: 'a red cat' → 'cat red'; numbered so that each is different."""
+    """Rows of a task that a tiny model learns: 'a red cat' → 'cat red' (every third: 'cat red cat'); numbered so that each is different."""
     rows = []
     for index in range(start, start + n):
         colour, thing = COLOURS[index % 6], THINGS[(index // 6) % 10]
-        rows.append({"prompt": f"a {colour} {thing} {index}", "completion": f"{thing} {colour}"})
+        rows.append({"prompt": f"a {colour} {thing} {index}", "completion": f"{thing} {colour}" + f" {thing}" * (index % 3 == 2)})
     return rows
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from burnish.errors import Problem, RecipeError
 
@@ -93,7 +93,9 @@ class LoraSection(_Section):
 
 class TrainingSection(_Section):
     method: Literal["lora"] = Field("lora", description="what is trained: a row of METHODS")
-    learning_rate: float | Auto = Field("auto", description="peak; `auto`: the method's measured default, written into the run")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
+        "auto", description="peak; `auto`: the method's measured default, written into the run"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="after warm-up, down to a tenth of the peak (cosine), to 0 (linear), or flat"
     )
@@ -115,13 +117,15 @@ class EvaluationSection(_Section):
         ["base", "few_shot", "few_shot_retrieved", "tuned"], min_length=1, description="what is measured on the same test rows"
     )
     shots: list[Annotated[int, Field(ge=1, le=64)]] = Field(
-        [2, 8], min_length=1, description="numbers of examples tried on validation rows; the best is kept"
+        [4, 16], min_length=1, description="numbers of examples tried on validation rows; the best is kept"
     )
     prompt_forms: list[Literal["as_is", "instructed"]] = Field(
         ["as_is", "instructed"], min_length=1, description="ways to ask an untrained model, tried on validation rows; the best is kept"
     )
     selection_rows: int = Field(24, ge=4, description="validation rows on which form and shots are chosen")
-    max_new_tokens: int | Auto = Field("auto", description="tokens; `auto`: 1.25 × the longest training answer + 8")
+    max_new_tokens: Annotated[int, Field(ge=1, le=32768)] | Auto = Field(
+        "auto", description="tokens; `auto`: 1.25 × the longest training answer + 8"
+    )
     batch_size: int = Field(32, ge=1, le=1024, description="requests generated at once")
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="of every interval; 1 − this is the verdict's error rate over all comparisons"
@@ -289,9 +293,19 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _type_name(info: Any) -> str:
-    text = re.sub(r"typing\.|Literal|NoneType|Annotated|<class '(\w+)'>", r"\1", str(info.annotation))
-    text = re.sub(r"FieldInfo\(.*?\)\]?\)?", "", text)
-    return re.sub(r"[\[\]']", "", text).replace("None", "none").strip(", ")
+    """What may stand here, in words: from the JSON Schema of the field."""
+    content = TypeAdapter(info.annotation).json_schema()
+    return " or ".join(dict.fromkeys(_words_of(part) for part in content.get("anyOf", [content])))
+
+
+def _words_of(part: Mapping[str, Any]) -> str:
+    if "enum" in part or "const" in part:
+        return " | ".join(map(str, part.get("enum", [part.get("const")])))
+    if part.get("type") == "array":
+        return f"list of {_words_of(part['items'])}"
+    return {"null": "none", "integer": "whole number", "string": "text", "boolean": "true | false"}.get(
+        str(part.get("type")), str(part.get("type"))
+    )
 
 
 def _default_text(info: Any) -> str:
@@ -423,4 +437,12 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
             )
             hint = next((str(info.description) for name, info in leaves() if name == key), "see `burnish recipe explain`")
             problems.append(Problem(where, found, hint))
-    return list(dict.fromkeys(problems))
+    # A key that may be a number or a word is refused once by each branch: one line is enough.
+    merged: dict[str, Problem] = {}
+    for problem in problems:
+        before = merged.get(problem.where)
+        same = before is not None and before.do == problem.do and before.found != problem.found
+        merged[problem.where] = (
+            Problem(problem.where, f"{before.found.split('; found')[0]}, or: {problem.found}", problem.do) if same and before else problem
+        )
+    return list(merged.values())

@@ -37,7 +37,9 @@ def test_recognised_and_converted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("broken", [{}, {"messages": None}, {"messages": [1]}, {"prompt": 1}, {"conversations": []}, {"instruction": "", "output": None}])
+@pytest.mark.parametrize(
+    "broken", [{}, {"messages": None}, {"messages": [1]}, {"prompt": 1}, {"conversations": []}, {"instruction": "", "output": None}]
+)
 def test_a_broken_row_is_a_problem_with_its_place(name: str, broken: dict) -> None:
     examples, problems = to_examples([Row("rows.jsonl:7", broken)], name, section(name))
     assert not examples

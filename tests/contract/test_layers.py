@@ -20,7 +20,8 @@ LAYERS = [
     {"training", "evaluation"},
     {"advice", "report", "serving"},
     {"pipeline"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 MEANINGLESS = {"utils", "util", "helpers", "common", "core", "base", "misc", "manager", "factory", "builder", "registry"}

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny
 
 from burnish.errors import ModelError
 from burnish.models import LEARNING_RATES, METHODS, trainable_parameters
 from burnish.recipe import build_recipe
+from conftest import build_tiny
 
 
 @pytest.mark.parametrize("name", METHODS)

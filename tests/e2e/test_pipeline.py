@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import colour_rows
 
 from burnish import pipeline
 from burnish.cli import main
 from burnish.errors import DataError, ModelError, RecipeError
 from burnish.recipe import Recipe, build_recipe
 from burnish.run import Run, list_runs
+from conftest import colour_rows
 
 
-def tiny_recipe(folder: Path, data: Path, **changes: Any) -> Recipe:
+def tiny_recipe(folder: Path, rows: Path, **changes: Any) -> Recipe:
     content: dict[str, Any] = {
         "name": "tiny",
         "model": {"name": str(folder), "dtype": "float32"},
-        "data": {"train": str(data), "validation_fraction": 0.15, "test_fraction": 0.25, "overlap_ngram": 0},
+        "data": {"train": str(rows), "validation_fraction": 0.15, "test_fraction": 0.25, "overlap_ngram": 0},
         "task": {"metric": "exact_match"},
         "training": {"epochs": 2, "learning_rate": 0.02},
         "evaluation": {"shots": [2], "selection_rows": 4, "resamples": 400},
@@ -73,11 +73,15 @@ def test_the_numbers_hang_together(finished: Run) -> None:
     summary = finished.read_json(finished.training_file)
     rows = finished.read_jsonl(finished.metrics_file)
     steps = [row for row in rows if "loss" in row]
-    assert summary["steps"] == summary["planned_steps"] == len(steps)
+    assert summary["steps"] == len(steps)
+    assert summary["stopped_early"] == (summary["steps"] < summary["planned_steps"])
     best = min((row for row in rows if row.get("validation_loss") is not None and row["step"] > 0), key=lambda row: row["validation_loss"])
     assert summary["best_step"] == best["step"]
     assert best["validation_loss"] < 0.7 * rows[0]["validation_loss"], "the tiny model learns its tiny task"
-    assert summary["adapter_sha256"] == finished.read_json(finished.adapter_folder / "burnish.json")["files"]["adapter_model.safetensors"]["sha256"]
+    assert (
+        summary["adapter_sha256"]
+        == finished.read_json(finished.adapter_folder / "burnish.json")["files"]["adapter_model.safetensors"]["sha256"]
+    )
 
 
 def test_auto_became_numbers(finished: Run) -> None:
@@ -94,7 +98,9 @@ def test_detectable_difference_was_told_before_training(finished: Run) -> None:
 
 
 def test_a_second_run_does_nothing_again(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {p: p.stat().st_mtime_ns for p in finished.path.glob("candidates/*")} | {p: p.stat().st_mtime_ns for p in finished.path.glob("adapter/*")}
+    before = {p: p.stat().st_mtime_ns for p in finished.path.glob("candidates/*")} | {
+        p: p.stat().st_mtime_ns for p in finished.path.glob("adapter/*")
+    }
     monkeypatch.setattr("burnish.training.run_loop", lambda *_, **__: pytest.fail("trained again"))
     pipeline.run_recipe(finished.recipe_as_asked(), folder=finished.path)
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -105,8 +111,7 @@ def test_a_run_that_was_cut_off_goes_on(finished: Run, tiny_folder: Path, tmp_pa
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(160)))
     recipe = tiny_recipe(tiny_folder, data, training={"epochs": 10}, evaluation={"batch_size": 8})
-    import burnish.evaluation.predict as predict_module
-
+    predict_module = sys.modules["burnish.evaluation.predict"]
     real, calls = predict_module.append_line, {"n": 0}
 
     def cut(path: Path, row: Any) -> None:
@@ -168,7 +173,9 @@ def test_commands_on_a_finished_run(finished: Run, monkeypatch: pytest.MonkeyPat
     assert (row["state"], row["verdict"]) == ("done", verdict)
 
 
-def test_runs_diff(finished: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_diff(
+    finished: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = build_recipe(finished.recipe_as_asked().to_dict(), overrides=["training.max_steps=1", "evaluation.candidates=[base, tuned]"])
     other = pipeline.run_recipe(recipe, folder=tmp_path / "other")
     assert cli(monkeypatch, "runs", "diff", str(finished.path), str(other.path), "--json") == 0
@@ -186,7 +193,9 @@ def test_runs_diff(finished: Run, tiny_folder: Path, tmp_path: Path, monkeypatch
 def test_check_names_everything_and_leaves_with_2(
     tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_rows([*colour_rows(30), "{broken", {"prompt": "q <eos>", "completion": "a"}, {"prompt": "", "completion": "a"}, colour_rows(1)[0]])
+    data = write_rows(
+        [*colour_rows(30), "{broken", {"prompt": "q <eos>", "completion": "a"}, {"prompt": "", "completion": "a"}, colour_rows(1)[0]]
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_folder}\ndata: {data}\n")
     assert cli(monkeypatch, "check", str(recipe)) == 2
@@ -271,7 +280,9 @@ def test_models_that_are_refused(what: str, tiny_folder: Path, write_rows: Calla
         pipeline.run_recipe(tiny_recipe(model, write_rows(colour_rows(120))), folder=tmp_path / "run")
 
 
-def test_without_validation_rows_of_its_own_the_test_file_stays_whole(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+def test_without_validation_rows_of_its_own_the_test_file_stays_whole(
+    tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
     train, test = write_rows(colour_rows(120), "train.jsonl"), write_rows(colour_rows(20, start=900), "test.jsonl")
     run = Run.create(tmp_path / "run", tiny_recipe(tiny_folder, train, data={"test": str(test)}))
     assert len(pipeline.prepare(run).test) == 20

@@ -101,7 +101,10 @@ def test_plain_template_counts_on_a_real_tokenizer(chat: Chat) -> None:
     row = example(("user", "a red cat"), ("assistant", "cat red"))
     (tokens,) = chat.training_tokens(row)
     answer = chat.tokenizer(" cat red", add_special_tokens=False)["input_ids"]
-    assert [t for t, label in zip(tokens.input_ids, tokens.labels, strict=True) if label != IGNORED] == [*answer, chat.tokenizer.eos_token_id]
+    assert [t for t, label in zip(tokens.input_ids, tokens.labels, strict=True) if label != IGNORED] == [
+        *answer,
+        chat.tokenizer.eos_token_id,
+    ]
     assert tokens.target_tokens == len(answer) + 1
     assert tokens.input_ids[0] == chat.tokenizer.bos_token_id
     assert tokens.input_ids.count(chat.tokenizer.bos_token_id) == 1
@@ -161,7 +164,9 @@ def test_a_template_without_stop_token_is_refused(tokenizer: Any, tmp_path: Any)
 
 def test_a_template_that_differs_between_training_and_generation_is_refused(tokenizer: Any, tmp_path: Any) -> None:
     path = tmp_path / "two-faced.jinja"
-    path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}bot says{% endif %}")
+    path.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}bot says{% endif %}"
+    )
     with pytest.raises(ModelError, match=r"First difference at token \d+"):
         make_chat(tokenizer, str(path))
 

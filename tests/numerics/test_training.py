@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_tiny, colour_rows
 
 from burnish.data.formats import make_example
 from burnish.errors import TrainingError
@@ -21,6 +20,7 @@ from burnish.training.loop import Hooks, Progress, learning_rate_at, mean_loss, 
 from burnish.training.loss import summed_loss
 from burnish.training.pack import epoch_order, flatten, step_indices
 from burnish.types import Tokens
+from conftest import build_tiny, colour_rows
 
 FAMILIES = ("llama", "gemma3")
 
@@ -33,7 +33,10 @@ def recipe(**training: Any) -> Recipe:
 @pytest.fixture
 def sequences(chat: Chat) -> list[Tokens]:
     rows = colour_rows(24)
-    examples = [make_example([{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}], source="x") for r in rows]
+    examples = [
+        make_example([{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}], source="x")
+        for r in rows
+    ]
     return tokenize_all(chat, examples)
 
 
@@ -56,7 +59,9 @@ def adapted(family: str, tokenizer: Any, settings: Recipe, *, started: bool = Tr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_blocked_loss_and_gradient_equal_the_naive_ones(family: str, tokenizer: Any, sequences: list[Tokens], monkeypatch: Any) -> None:
+def test_packed_blocked_loss_and_gradient_equal_the_naive_ones(
+    family: str, tokenizer: Any, sequences: list[Tokens], monkeypatch: Any
+) -> None:
     """Several sequences in one row, the head in small blocks: the same loss and gradient as each sequence alone with all its logits."""
     monkeypatch.setattr("burnish.training.loss._BLOCK_LOGITS", 7 * len(tokenizer))
     model = adapted(family, tokenizer, recipe())
@@ -146,12 +151,12 @@ def test_the_loop_equals_a_loop_written_out(tokenizer: Any, sequences: list[Toke
 
 
 def test_training_learns_and_repeats_itself(tokenizer: Any, sequences: list[Tokens]) -> None:
-    first, weights, progress = _train(tokenizer, sequences, epochs=4)
-    second, again, _ = _train(tokenizer, sequences, epochs=4)
+    first, weights, progress = _train(tokenizer, sequences, epochs=12, learning_rate=0.02)
+    second, again, _ = _train(tokenizer, sequences, epochs=12, learning_rate=0.02)
     assert first == second
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert first[-1] < 0.6 * first[0]
-    assert progress.examples == 4 * len(sequences)
+    assert progress.examples == 12 * len(sequences)
 
 
 def test_mean_loss_is_per_target_token(tokenizer: Any, sequences: list[Tokens]) -> None:
@@ -175,7 +180,9 @@ def test_non_finite_steps_are_skipped_then_refused(tokenizer: Any, sequences: li
 
     monkeypatch.setattr(loop_module, "summed_loss", poisoned)
     with pytest.raises(TrainingError, match="diverged"):
-        run_loop(model, sequences, sequences[:2], settings=settings.training, seed=0, hooks=Hooks(log=rows.append, keep_best=lambda *_: None))
+        run_loop(
+            model, sequences, sequences[:2], settings=settings.training, seed=0, hooks=Hooks(log=rows.append, keep_best=lambda *_: None)
+        )
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] is None, "a loss that is not finite is logged as null, never as 0"
     assert 0.0 not in losses
@@ -186,13 +193,16 @@ def test_early_stopping_stops(tokenizer: Any, sequences: list[Tokens]) -> None:
     kept: list[int] = []
     settings = recipe(epochs=40, learning_rate=0.05, early_stopping_patience=2, validations_per_epoch=1)
     model = adapted("llama", tokenizer, settings, started=False)
-    rows = [r for r in colour_rows(6, start=600)]
     other = [Tokens(s.input_ids, s.labels) for s in sequences[-4:]]
     for s in other:  # validation rows that training makes worse: the answer is another word
         s.labels[-2] = (s.labels[-2] + 7) % 300
-    del rows
     progress = run_loop(
-        model, sequences[:16], other, settings=settings.training, seed=0, hooks=Hooks(log=lambda _: None, keep_best=lambda s, _: kept.append(s))
+        model,
+        sequences[:16],
+        other,
+        settings=settings.training,
+        seed=0,
+        hooks=Hooks(log=lambda _: None, keep_best=lambda s, _: kept.append(s)),
     )
     assert progress.stopped_early
     assert progress.step < progress.planned_steps

@@ -141,13 +141,27 @@ def test_parse_json_raises_value_error_only(text: str) -> None:
         return
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "weight", "messages", "prompt", "completion", "from", "value"]), inner, max_size=4), max_leaves=12))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["role", "content", "weight", "messages", "prompt", "completion", "from", "value"]), inner, max_size=4
+            )
+        ),
+        max_leaves=12,
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_no_row_breaks_the_converter(content: object) -> None:
     from burnish.data.formats import FORMATS
     from burnish.data.read import Row
 
-    row = Row("x:1", content if isinstance(content, dict) else {"messages": content, "prompt": content, "completion": content, "conversations": content})
+    row = Row(
+        "x:1",
+        content if isinstance(content, dict) else {"messages": content, "prompt": content, "completion": content, "conversations": content},
+    )
     for name in FORMATS:
         columns = {"prompt_column": "prompt", "completion_column": "completion"} if name == "columns" else {}
         examples, problems = to_examples([row], name, DataSection(train="x", **columns))
@@ -159,7 +173,10 @@ def test_no_row_breaks_the_converter(content: object) -> None:
     [
         ([{"role": "user", "content": "q"}], "no assistant message"),
         ([{"role": "assistant", "content": "a"}], "no user message"),
-        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}], "ends with a user message"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}],
+            "ends with a user message",
+        ),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}], "trains no token"),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 2}], "0 or 1"),
         ([{"role": "user", "content": "q", "weight": 1}, {"role": "assistant", "content": "a"}], "on assistant messages only"),

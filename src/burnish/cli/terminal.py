@@ -16,7 +16,8 @@ from rich.text import Text
 
 from burnish.types import Tell
 
-out = Console(highlight=False, soft_wrap=True)
+# A pipe has no width; 80 columns would break the table of candidates into pieces.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 _LINE_EVERY_SECONDS = 15.0
 

@@ -164,7 +164,8 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
         if limit is not None and limit < LEAST_ROWS[split]:
             do = f"raise data.{split}_rows to {LEAST_ROWS[split]} or more"
         elif split != "train" and getattr(data, split) is None and total >= 2 * sum(LEAST_ROWS.values()):
-            wanted = min(0.45, round(1.5 * LEAST_ROWS[split] / total + 0.005, 2))
+            now = getattr(data, f"{split}_fraction")
+            wanted = min(0.4, round(max(now * 1.5 * LEAST_ROWS[split] / max(1, count), now + 0.05), 2))
             do = f"set data.{split}_fraction: {wanted}"
         else:
             do = "collect more rows"

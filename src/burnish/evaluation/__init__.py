@@ -20,7 +20,7 @@ from burnish.run import Run, hash_file, hash_of
 from burnish.tasks import Task, find_metric
 from burnish.types import Dataset, Example, Tell, silent
 
-_LONGEST_CONTEXT_TOKENS = 8192  # of a baseline's prompt, even where the model could read more
+_LONGEST_CONTEXT_TOKENS = 4096  # of a baseline's prompt, even where the model could read more: it is what measuring costs
 
 
 def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, trained: bool, tell: Tell = silent) -> None:

@@ -120,12 +120,18 @@ def _describe_json(references: Sequence[str]) -> str:
     for key in [*always, *(key for key in values if key not in always)]:
         counts = values[key]
         need = "always" if key in always else "only where the input says it"
-        # A key whose values repeat is a choice; one whose values hardly repeat is free text or a number.
-        if len(counts) <= _LISTED_VALUES and sum(counts.values()) >= 4 * len(counts):
+        # A key whose values repeat is a choice; one whose values hardly repeat is free text.
+        if len(counts) > 1 and all(_is_number(value) for value in counts):
+            lines.append(f'"{key}" ({need}): a number, for example {", ".join(value for value, _ in counts.most_common(3))}')
+        elif len(counts) <= _LISTED_VALUES and sum(counts.values()) >= 4 * len(counts):
             lines.append(f'"{key}" ({need}): one of {", ".join(sorted(counts))}')
         else:
             lines.append(f'"{key}" ({need}): for example {", ".join(value for value, _ in counts.most_common(3))}')
     return "\n".join(lines)
+
+
+def _is_number(value: str) -> bool:
+    return value.lstrip("-").replace(".", "", 1).isdigit()
 
 
 def _median_length(texts: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -48,7 +49,7 @@ def load_chat(model: ModelSection, tell: Tell = silent) -> Chat:
     """The tokenizer with the recipe's template."""
     folder = find_model(model.name, tell)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:
         raise ModelError(f"{model.name}: the tokenizer cannot be read: {str(problem)[:300]}") from problem
@@ -60,7 +61,7 @@ def load_model(model: ModelSection, tell: Tell = silent) -> Any:
     folder = find_model(model.name, tell)
     device, dtype = resolve_device(model.device), resolve_dtype(model.dtype, resolve_device(model.device))
     try:
-        with _quiet():
+        with quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
@@ -69,7 +70,7 @@ def load_model(model: ModelSection, tell: Tell = silent) -> Any:
                 local_files_only=True,
                 attn_implementation="sdpa",
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         raise ModelError(f"{model.name}: the weights cannot be read: {str(problem)[:400]}") from problem
     loaded.requires_grad_(False)
     return loaded.eval().to(device)
@@ -129,7 +130,7 @@ def _check_folder(path: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers draws bars and advice of its own; ours are enough. Errors still come through."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)

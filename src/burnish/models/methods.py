@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from burnish.errors import ModelError
+from burnish.models.load import quiet
 from burnish.recipe import Recipe
 
 # Peak learning rates that `auto` becomes. Measured for LoRA of rank 16 on all linear layers of Gemma 3 270M (docs/performance.md).
@@ -34,7 +36,8 @@ def lora(model: Any, recipe: Recipe) -> Any:
     )
     torch.manual_seed(recipe.seed)
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        with quiet():
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as problem:
         raise ModelError(f"lora.target_modules: {recipe.lora.target_modules}: {str(problem)[:300]}") from problem
 
@@ -47,8 +50,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if not (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder}: no adapter there; run `burnish train` first")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        with quiet():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
         raise ModelError(f"{folder}: the adapter does not fit the base model: {str(problem)[:400]}") from problem
 
 

@@ -21,8 +21,8 @@ def save_adapter(model: Any, chat: Chat, folder: Path, facts: dict[str, Any]) ->
     refuse_non_finite(model)
     with write_folder(folder) as aside:
         model.save_pretrained(str(aside), safe_serialization=True)
-        chat.tokenizer.chat_template = chat.template
         chat.tokenizer.save_pretrained(str(aside))
+        (aside / "chat_template.jinja").write_text(chat.template, encoding="utf-8")  # where transformers and vLLM look for it
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in sorted(aside.iterdir()) if file.is_file()}
         manifest = {"format": 1, **facts, "template_sha256": chat.template_hash, "stop_ids": list(chat.stop_ids), "files": files}
