@@ -8,11 +8,12 @@
     └── ServingError     1   an export or a request could not be served
 
 A message says what was found, where, what was expected and what to do. All problems of one input travel in one error.
-To add a kind: derive it here, draw it above, give it an exit code, and name it in docs/errors.md.
+To add a kind: derive it here, draw it above, and give it an exit code.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,17 @@ from typing import ClassVar
 # Exit codes of the command line. 3 and 4 are answers, not errors: see burnish.cli.
 EXIT_DONE, EXIT_OUR_FAULT, EXIT_USER_INPUT, EXIT_GATE_SAID_NO, EXIT_CANT_TELL = 0, 1, 2, 3, 4
 SHOWN_PROBLEMS = 100
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +99,11 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError of a write into an error that says which place is full, read-only or forbidden."""
     try:
         yield
-    except OSError as problem:
-        what = problem.strerror or str(problem)
+    except Exception as problem:
+        full = "No space left on device" in str(problem)  # safetensors tells it in an error of its own
+        if not full and not (isinstance(problem, OSError) and problem.errno in _DISK_ERRORS):
+            raise
+        what = getattr(problem, "strerror", None) or str(problem)
         raise TrainingError(
             f"cannot write {os.fspath(path)}: {what}. Nothing half-written is left; free space or choose another place with --run, "
             "then repeat the command: finished steps are kept"

@@ -26,7 +26,17 @@ from burnish import evaluation, report, training
 from burnish.data import SPLITS, Checked, Loaded
 from burnish.errors import DataError
 from burnish.evaluation import CANDIDATES
-from burnish.models import LEARNING_RATES, Chat, load_chat, resolve_device, resolve_dtype
+from burnish.models import (
+    LEARNING_RATES,
+    Chat,
+    context_window,
+    load_chat,
+    resolve_device,
+    resolve_dtype,
+    tokenizer_hash,
+    verify_adapter,
+    weights_hash,
+)
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run, hash_file, hash_of
 from burnish.tasks import Task, detect_task, find_metric, task_for
@@ -43,8 +53,7 @@ DEMO = {
 def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, tell: Tell = silent) -> Run:
     """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError."""
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    job = Run.create(folder or Path("runs") / recipe.name, recipe, fresh=fresh)
-    with job.lock():
+    with Run.working(folder or Path("runs") / recipe.name, recipe, fresh=fresh) as job:
         job.note(versions=versions(), machine=machine())
         chat = load_chat(recipe.model, tell)
         dataset = prepare(job, chat=chat, tell=tell)
@@ -61,24 +70,30 @@ def check(recipe: Recipe, *, tell: Tell = silent) -> tuple[Loaded, dict[str, Che
     """Read and check the rows with the recipe's own tokenizer and template. Writes nothing."""
     loaded = data_room.load(recipe)  # first: a missing file should not wait for a model
     chat = load_chat(recipe.model, tell)
-    return loaded, _checked(loaded, recipe, chat), chat
+    return loaded, _checked(loaded, recipe, chat, tell), chat
 
 
 def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Dataset:
     """Three JSONL files, a manifest, and the recipe with every `auto` resolved."""
     recipe = job.recipe_as_asked()
-    inputs = hash_of(recipe.to_dict(), [_fingerprint(getattr(recipe.data, split)) for split in SPLITS])
+    asked = hash_of(recipe.to_dict(), _tokens_state(recipe))
+    inputs = hash_of(asked, [_fingerprint(getattr(recipe.data, split)) for split in SPLITS])
     if job.step_done("prepare", inputs):
+        return dataset_of(job)
+    if gone := _gone(job, recipe, asked):
+        tell("source gone", 0, 0, f"{gone} is no longer there; the run goes on with its own copy of the rows")
         return dataset_of(job)
     tell("reading the rows", 0, 0, recipe.data.train)
     with job.step("prepare", inputs) as entry:
         loaded = data_room.load(recipe)
         chat = chat or load_chat(recipe.model, tell)
-        dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat), recipe)
+        dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat, tell), recipe)
         resolved = job.resolve(_resolved_values(recipe, dataset, chat))
         for split in SPLITS:
             job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
+            dataset.manifest["splits"][split]["file_sha256"] = hash_file(job.split_file(split))
         job.write_json(job.manifest_file, dataset.manifest)
+        entry["asked"] = asked
         entry["rows"] = {split: len(getattr(dataset, split)) for split in SPLITS}
     counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in SPLITS)
     removed = "".join(f", {count} left out ({reason})" for reason, count in dataset.manifest["removed_counts"].items())
@@ -97,16 +112,25 @@ def evaluate(
     """Answers of the candidates: those that need no training, those that do, or (None) both as far as there is an adapter."""
     if trained is None:
         evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
-        if any(CANDIDATES[name].trained for name in job.recipe().evaluation.candidates):
+        if not any(CANDIDATES[name].trained for name in job.recipe().evaluation.candidates):
+            return
+        if job.training_file.exists():
             evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
+        else:
+            tell("not evaluated", 0, 0, "the fine-tuned candidate: `burnish train` comes first")
         return
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
-    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), adapter)
+    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), weights_hash(recipe.model.name), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
-    if not names or (job.step_done(step, inputs) and all(job.predictions_file(name).exists() for name in names)):
+    if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
         return
+    if (
+        trained
+        and adapter != verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))["files"]["adapter_model.safetensors"]["sha256"]
+    ):
+        raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
         evaluation.evaluate(
             job, dataset, recipe, chat or load_chat(recipe.model, tell), task_of(recipe, dataset), trained=trained, tell=tell
@@ -117,7 +141,8 @@ def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None,
     """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary."""
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     parts = recipe.to_dict()
-    inputs = hash_of({key: parts[key] for key in ("seed", "model", "lora", "training")}, _splits(dataset, ("train", "validation")))
+    settings = {key: parts[key] for key in ("seed", "model", "lora", "training")}
+    inputs = hash_of(settings, _splits(dataset, ("train", "validation")), weights_hash(recipe.model.name), _tokens_state(recipe))
     if job.step_done("train", inputs) and job.adapter_folder.exists():
         return dict(job.read_json(job.training_file))
     with job.step("train", inputs):
@@ -127,9 +152,15 @@ def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None,
 def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
     """Scores, intervals, paired comparisons and the verdict, from the answers in the run."""
     dataset, recipe = dataset_of(job), job.recipe()
-    tell("comparing", 0, 0, f"{len(dataset.test)} test rows, {recipe.evaluation.resamples} resamples")
+    needed = {"evaluate" if CANDIDATES[name].trained else "baselines" for name in recipe.evaluation.candidates}
+    for step in sorted(needed):
+        if job.status()["steps"].get(step, {}).get("state") != "done":
+            raise DataError(
+                f"{job.path}: the answers of the step `{step}` are not there or no longer hold: `burnish run` or `burnish evaluate` makes them"
+            )
+    tell("comparing", 0, 0, f"{len(dataset.test)} test rows")
     with job.step("compare", hash_of(_splits(dataset))):
-        content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test)
+        content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
         job.write_json(job.comparison_file, content)
     return content
 
@@ -141,9 +172,18 @@ def write_report(job: Run, *, tell: Tell = silent) -> Path:
 
 
 def dataset_of(job: Run) -> Dataset:
-    """What `prepare` wrote."""
+    """What `prepare` wrote. Raises DataError where a file was changed since: its rows would no longer be those of the manifest."""
+    manifest = job.read_json(job.manifest_file)
+    changed = [
+        split
+        for split in SPLITS
+        if not job.split_file(split).exists() or hash_file(job.split_file(split)) != manifest["splits"][split].get("file_sha256")
+    ]
+    if changed:
+        names = ", ".join(str(job.split_file(split)) for split in changed)
+        raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
     parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in SPLITS}
-    return Dataset(parts["train"], parts["validation"], parts["test"], job.read_json(job.manifest_file))
+    return Dataset(parts["train"], parts["validation"], parts["test"], manifest)
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:
@@ -164,12 +204,14 @@ def demo_recipe(language: str = "en") -> Recipe:
 def versions() -> dict[str, str]:
     names = ("burnish", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "scipy")
     found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return found | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, Any]:
@@ -177,8 +219,17 @@ def machine() -> dict[str, Any]:
     return {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "memory_gb": round(pages / 1e9, 1)}
 
 
-def _checked(loaded: Loaded, recipe: Recipe, chat: Chat) -> dict[str, Checked]:
-    return data_room.check(loaded, recipe, tokenize=chat.training_tokens, find_control=chat.find_control)
+def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str, Checked]:
+    window = context_window(recipe.model.name)
+    if window is not None and window < recipe.data.max_length:
+        tell(
+            "context window",
+            0,
+            0,
+            f"{recipe.model.name} reads {window} tokens at once: longer rows count as over-long, whatever data.max_length says",
+        )
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": window})})
+    return data_room.check(loaded, recipe, tokenize=chat.training_tokens, find_control=chat.find_control, tell=tell)
 
 
 def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[str, Any]:
@@ -202,11 +253,27 @@ def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[st
 
 
 def _splits(dataset: Dataset, names: Sequence[str] = SPLITS) -> list[str]:
-    return [dataset.manifest["splits"][name]["sha256"] for name in names]
+    return [dataset.manifest["splits"][name]["file_sha256"] for name in names]
+
+
+def _tokens_state(recipe: Recipe) -> list[str]:
+    """What decides how rows become tokens: the tokenizer's files and the template's text."""
+    return [tokenizer_hash(recipe.model.name), _fingerprint(recipe.model.chat_template)]
+
+
+def _gone(job: Run, recipe: Recipe, asked: str) -> str | None:
+    """The source file that is gone since the rows were prepared for this same recipe, if one is."""
+    entry = job.status()["steps"].get("prepare", {})
+    if entry.get("state") != "done" or entry.get("asked") != asked:
+        return None
+    names = [getattr(recipe.data, split) for split in SPLITS]
+    return next((name for name in names if name and not name.startswith(("demo:", "hub:")) and not Path(name).exists()), None)
 
 
 def _fingerprint(name: str | None) -> str:
     path = Path(name) if name else None
+    if name and name.startswith("demo:"):
+        return f"{name} {_version('home-assistant-intents')} {_version('hassil')}"
     try:
         return hash_file(path) if path is not None and path.is_file() else str(name)
     except OSError as problem:

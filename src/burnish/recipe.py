@@ -150,6 +150,16 @@ class Recipe(_Section):
             raise ValueError("data.prompt_column and data.completion_column go together: name both or neither")
         if data.format == "columns" and data.prompt_column is None:
             raise ValueError("data.format: columns needs data.prompt_column and data.completion_column")
+        if data.train.startswith("demo:"):
+            given = [
+                k
+                for k in ("validation", "test", "prompt_column", "completion_column", "context_column", "group_column", "system")
+                if getattr(data, k)
+            ]
+            if given or data.format != "auto":
+                raise ValueError(
+                    f"data.{(given or ['format'])[0]} does not go with the embedded data {data.train}, which brings its own splits: leave it out"
+                )
         if data.validation is None and data.test is None and data.validation_fraction + data.test_fraction >= 0.9:
             raise ValueError("data.validation_fraction + data.test_fraction leave too little to train on")
         return self
@@ -230,12 +240,15 @@ def build_recipe(
     lines: Mapping[str, int] | None = None,
     folder: Path | None = None,
 ) -> Recipe:
-    """Validate a mapping; `folder` is what relative data and model paths of the mapping mean (overrides: the working directory)."""
+    """Validate a mapping. Relative paths in it count from `folder` (none: the working directory), those in overrides from the working directory.
+
+    The recipe holds absolute paths, so that a run finds its files from wherever it is taken up.
+    """
     merged = json.loads(json.dumps(content, default=str))
-    if folder is not None:
-        _anchor_paths(merged, folder)
+    _anchor_paths(merged, folder or Path.cwd())
     for override in overrides:
         _apply_override(merged, override)
+        _anchor_paths(merged, Path.cwd())
     try:
         return Recipe.model_validate(merged)
     except ValidationError as problem:
@@ -371,6 +384,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
         holders += [(data, key) for key in ("train", "validation", "test")]
     elif isinstance(data, str):
         holders.append((content, "data"))
+    task = content.get("task")
+    if isinstance(task, dict) and ".py:" in str(task.get("metric")):
+        holders.append((task, "metric"))
     if isinstance(content.get("model"), dict):
         holders += [(content["model"], "name"), (content["model"], "chat_template")]
     else:
@@ -381,7 +397,7 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
             continue
         anchored = folder / value
         # Model and template names are only paths where such a path exists or is plainly meant.
-        if key in ("train", "validation", "test", "data") or value.startswith((".", "/")) or (anchored.exists() and "/" in value):
+        if key in ("train", "validation", "test", "data", "metric") or value.startswith((".", "/")) or (anchored.exists() and "/" in value):
             holder[key] = str(Path(anchored).resolve()) if not value.startswith("~") else str(Path(value).expanduser())
 
 

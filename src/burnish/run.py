@@ -13,7 +13,8 @@
     ├── comparison.json        scores, intervals, verdict
     └── report.html report.json
 
-A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist.
+A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist. Logs and answers (.jsonl outside data/)
+grow line by line; a last line that a crash cut short is not read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from typing import Any
 from burnish.errors import BurnishError, DataError, RecipeError, disk_errors
 from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_recipe
 
-STEPS = ("prepare", "baselines", "train", "evaluate", "compare", "report")
+# Each step, and those whose results no longer hold once it begins again.
+STEPS: dict[str, tuple[str, ...]] = {
+    "prepare": ("baselines", "train", "evaluate", "compare", "report"),
+    "baselines": ("compare", "report"),
+    "train": ("evaluate", "compare", "report"),
+    "evaluate": ("compare", "report"),
+    "compare": ("report",),
+    "report": (),
+}
 
 
 class Run:
@@ -102,27 +111,34 @@ class Run:
     # ------------------------------------------------------------------------------------------------ life
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False) -> Run:
-        """Open the run for this recipe, or start it. A folder of another recipe is refused with the keys that differ."""
+        """Open the run for this recipe, or start it."""
+        with cls.working(path, recipe, fresh=fresh) as run:
+            return run
+
+    @classmethod
+    @contextmanager
+    def working(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run]:
+        """Open or start the run for this recipe and hold its lock. A folder of another recipe is refused with the keys that differ."""
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RecipeError(f"{run.path} is a file; a run is a folder: choose another place with --run")
-        if fresh and run.path.exists():
-            if any(run.path.iterdir()) and not run.recipe_file.exists():
-                raise RecipeError(f"{run.path} is not empty and not a run: --fresh will not delete it")
-            with run.lock():
+        if run.path.exists() and not run.recipe_file.exists() and any(child.name != "lock" for child in run.path.iterdir()):
+            raise RecipeError(f"{run.path} is not empty and not a run: choose another place with --run (nothing there is deleted)")
+        with run.lock():
+            if fresh:
                 run._clear()
-        with disk_errors(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
-        if run.recipe_file.exists():
-            before = load_recipe(run.recipe_file)
-            if changed := differences(before, recipe):
-                listed = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in sorted(changed.items()))
-                raise RecipeError(
-                    f"{run.path} holds a run of another recipe ({listed}). Choose another --run, or --fresh to start it anew and delete what is there"
-                )
-        else:
-            run.write_text(run.recipe_file, dump_recipe(recipe))
-        return run
+            if run.recipe_file.exists():
+                run._refuse_another(recipe)
+            else:
+                run.write_text(run.recipe_file, dump_recipe(recipe))
+            yield run
+
+    def _refuse_another(self, recipe: Recipe) -> None:
+        if changed := differences(load_recipe(self.recipe_file), recipe):
+            listed = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in sorted(changed.items()))
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe ({listed}). Choose another --run, or --fresh to start it anew and delete what is there"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -157,8 +173,9 @@ class Run:
             except OSError:
                 owner = os.read(handle, 32).decode(errors="replace").strip() or "?"
                 raise RecipeError(f"{self.path} is in use by process {owner}: wait for it, or choose another --run") from None
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            with disk_errors(self.path):
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
             yield
         finally:
             os.close(handle)
@@ -176,6 +193,7 @@ class Run:
     def step(self, step: str, inputs: str) -> Iterator[dict[str, Any]]:
         """Record a step's start, end and failure. What the caller puts into the yielded dict is kept in the status."""
         entry: dict[str, Any] = {"state": "running", "inputs": inputs, "started": _now()}
+        self._forget(STEPS[step])
         self._note_step(step, entry)
         self.event("step_started", step=step)
         start = time.monotonic()
@@ -207,6 +225,16 @@ class Run:
         status = self.status()
         status["steps"][step] = dict(entry)
         self.write_json(self.status_file, status)
+
+    def _forget(self, steps: tuple[str, ...]) -> None:
+        """Results that rest on what is about to change must not be read as if they held."""
+        status = self.status()
+        status["steps"] = {name: entry for name, entry in status["steps"].items() if name not in steps}
+        if self.status_file.exists():
+            self.write_json(self.status_file, status)
+        stale = {"compare": (self.comparison_file,), "report": (self.report_file, self.report_json_file)}
+        for path in (path for step in steps for path in stale.get(step, ())):
+            path.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         for child in self.path.iterdir():
@@ -262,6 +290,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     """Fill a folder aside, fsync what is in it, rename it into place. On any failure nothing is left."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield aside
@@ -272,10 +301,13 @@ def write_folder(path: Path) -> Iterator[Path]:
             fsync_folder(aside)
             os.chmod(aside, 0o755)
             if path.exists():
-                old = path.with_name(f".{path.name}.old.tmp")
-                shutil.rmtree(old, ignore_errors=True)
+                old = path.with_name(f".{path.name}.old")
                 os.replace(path, old)
-                os.replace(aside, path)
+                try:
+                    os.replace(aside, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 os.replace(aside, path)
@@ -285,8 +317,20 @@ def write_folder(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line. A reader ignores a last line that a crash cut short (`read_lines`)."""
+def recover_folder(path: Path) -> None:
+    """Tidy up after a process that died in `write_folder`: put the old folder back, remove what was being filled.
+
+    Only for the one process that writes here (a run's or the cache's lock is held).
+    """
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for left in (old, *path.parent.glob(f".{path.name}.*.tmp")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def append_line(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Append one JSON line (`sync`: and have it on the disk). A reader ignores a last line that a crash cut short (`read_lines`)."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
@@ -294,6 +338,9 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
         with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(("\n" if torn else "") + line)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -356,12 +403,13 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         status = run.status()
         comparison = run.read_json(run.comparison_file) if run.comparison_file.exists() else {}
         scores = {row["name"]: row["score"] for row in comparison.get("candidates", ())}
-        last = next(reversed(status["steps"].items()), ("", {"state": "new"}))
+        begun = [(name, status["steps"][name]) for name in STEPS if name in status["steps"]]
+        last = begun[-1] if begun else ("", {"state": "new"})
         rows.append(
             {
                 "name": path.name,
                 "created": status["created"],
-                "state": "done" if last[0] == STEPS[-1] and last[1]["state"] == "done" else f"{last[0]} {last[1]['state']}".strip(),
+                "state": "done" if last[0] == "report" and last[1]["state"] == "done" else f"{last[0]} {last[1]['state']}".strip(),
                 "verdict": comparison.get("verdict"),
                 "tuned": scores.get("tuned"),
                 "best_baseline": scores.get(comparison.get("best_baseline")),

@@ -92,7 +92,7 @@ class Prediction:
     example: str  # Example.id
     candidate: str
     text: str
-    finish_reason: str  # stop: the model ended its turn · length: it was cut at max_new_tokens
+    finish_reason: str  # stop: the model ended its turn · stop_text: cut where answers end here · length: cut at max_new_tokens
     prompt_tokens: int
     completion_tokens: int
     seconds: float  # from the start of the row's batch to the row's last token: what a user of this batch would have waited

@@ -114,11 +114,11 @@ def test_a_run_that_was_cut_off_goes_on(finished: Run, tiny_folder: Path, tmp_pa
     predict_module = sys.modules["burnish.evaluation.predict"]
     real, calls = predict_module.append_line, {"n": 0}
 
-    def cut(path: Path, row: Any) -> None:
+    def cut(path: Path, row: Any, *, sync: bool = False) -> None:
         calls["n"] += path.name == "few_shot.jsonl"
         if calls["n"] == 14:
             raise KeyboardInterrupt
-        real(path, row)
+        real(path, row, sync=sync)
 
     monkeypatch.setattr(predict_module, "append_line", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -126,12 +126,12 @@ def test_a_run_that_was_cut_off_goes_on(finished: Run, tiny_folder: Path, tmp_pa
     monkeypatch.setattr(predict_module, "append_line", real)
     run = Run(tmp_path / "run")
     kept = run.predictions_file("few_shot").read_text().splitlines()
-    assert len(kept) == 13  # a head and twelve answers
+    assert sum('"example"' in line for line in kept) == 11  # of a head, answers, and a line a batch
     assert run.status()["steps"]["baselines"]["state"] == "failed"
     with run.predictions_file("few_shot").open("a") as file:
         file.write('{"example": "torn')  # and a line torn by the crash
     pipeline.run_recipe(recipe, folder=run.path)
-    assert run.predictions_file("few_shot").read_text().splitlines()[:13] == kept
+    assert run.predictions_file("few_shot").read_text().splitlines()[: len(kept)] == kept
     scores = [{row["name"]: row["score"] for row in r.read_json(r.comparison_file)["candidates"]} for r in (run, finished)]
     assert scores[0] == scores[1]
 
@@ -286,3 +286,134 @@ def test_without_validation_rows_of_its_own_the_test_file_stays_whole(
     train, test = write_rows(colour_rows(120), "train.jsonl"), write_rows(colour_rows(20, start=900), "test.jsonl")
     run = Run.create(tmp_path / "run", tiny_recipe(tiny_folder, train, data={"test": str(test)}))
     assert len(pipeline.prepare(run).test) == 20
+
+
+def test_rows_changed_by_hand_are_noticed(finished: Run, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Run(shutil.copytree(finished.path, tmp_path / "copy"))
+    path = copy.split_file("test")
+    path.write_text(path.read_text().replace("cat", "dog", 1))
+    with pytest.raises(DataError, match="changed since"):
+        pipeline.compare(copy)
+
+
+def test_evaluate_before_training_measures_the_baselines(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    told: list[str] = []
+    run = Run.create(tmp_path / "run", tiny_recipe(tiny_folder, write_rows(colour_rows(120))))
+    pipeline.prepare(run)
+    pipeline.evaluate(run, tell=lambda what, done, total, detail: told.append(f"{what}: {detail}"))
+    assert run.predictions_file("base").exists()
+    assert not run.predictions_file("tuned").exists()
+    assert any("`burnish train` comes first" in line for line in told)
+
+
+def test_other_weights_in_the_same_folder_are_noticed(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    """The base is replaced under a run that has its baselines: they are measured again."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    run = Run.create(tmp_path / "run", tiny_recipe(model, write_rows(colour_rows(120)), evaluation={"candidates": ["base"]}))
+    pipeline.prepare(run)
+    pipeline.evaluate(run)
+    before = run.predictions_file("base").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.normal_(0, 0.2)
+    loaded.save_pretrained(model)
+    pipeline.evaluate(run)
+    assert run.predictions_file("base").read_text() != before
+
+
+def test_a_changed_template_trains_again(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    text = "{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}{% else %} A {{ m.content }}<eos>{% endif %}{% endfor %}"
+    template.write_text(text + "{% if add_generation_prompt %} A{% endif %}")
+    recipe = tiny_recipe(
+        tiny_folder, write_rows(colour_rows(120)), model={"chat_template": str(template)}, evaluation={"candidates": ["base", "tuned"]}
+    )
+    first = pipeline.run_recipe(recipe, folder=tmp_path / "run")
+    before = first.read_json(first.training_file)["adapter_sha256"]
+    template.write_text(text.replace("Q ", "Question ") + "{% if add_generation_prompt %} A{% endif %}")
+    again = pipeline.run_recipe(recipe, folder=tmp_path / "run")
+    assert again.read_json(again.training_file)["adapter_sha256"] != before
+
+
+def test_training_again_withdraws_the_verdict(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = Run(shutil.copytree(finished.path, tmp_path / "copy"))
+    with copy.step("train", "other inputs"):
+        pass
+    assert not copy.comparison_file.exists()
+    assert not copy.report_file.exists()
+    assert list_runs(tmp_path)[0]["state"] == "train done"
+    assert cli(monkeypatch, "compare", str(copy.path)) == 2
+    assert "no longer hold" in capsys.readouterr().err
+
+
+def test_an_adapter_that_was_swapped_is_refused(finished: Run, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Run(shutil.copytree(finished.path, tmp_path / "copy"))
+    weights = copy.adapter_folder / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    copy.predictions_file("tuned").unlink()
+    with pytest.raises(ModelError, match="SHA-256 differs"):
+        pipeline.evaluate(copy)
+
+
+def test_lost_answers_are_made_again(finished: Run, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Run(shutil.copytree(finished.path, tmp_path / "copy"))
+    lines = copy.predictions_file("base").read_text().splitlines(keepends=True)
+    copy.predictions_file("base").write_text("".join(lines[:-6]))
+    pipeline.evaluate(copy)
+    scores = [
+        [row["score"] for row in content["candidates"]]
+        for content in (pipeline.compare(copy), finished.read_json(finished.comparison_file))
+    ]
+    assert scores[0] == scores[1]
+    assert len([row for row in copy.read_jsonl(copy.predictions_file("base")) if "example" in row]) == len(pipeline.dataset_of(copy).test)
+
+
+def test_relative_overrides_count_from_where_the_user_stands(
+    tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(colour_rows(120), "a.jsonl")
+    write_rows(colour_rows(20, start=900), "b.jsonl")
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "r.yaml"
+    recipe.write_text(f"model: {tiny_folder}\ndata: ../a.jsonl\n")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time is the same recipe, not another one
+        assert cli(monkeypatch, "prepare", "recipes/r.yaml", "--set", "data.test=b.jsonl", "--run", "run") == 0
+    assert len(pipeline.dataset_of(Run(tmp_path / "run")).test) == 20
+
+
+def test_a_source_that_is_gone_does_not_end_the_run(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    rows = write_rows(colour_rows(120))
+    run = Run.create(tmp_path / "run", tiny_recipe(tiny_folder, rows))
+    before = pipeline.prepare(run)
+    rows.unlink()
+    told: list[str] = []
+    assert pipeline.prepare(run, tell=lambda what, done, total, detail: told.append(detail)).train == before.train
+    assert "own copy" in told[0]
+
+
+def test_the_context_window_counts(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    """The tiny model reads 512 tokens; data.max_length allows 1024."""
+    rows = [*colour_rows(60), {"prompt": "x y z " * 300, "completion": "a"}]
+    with pytest.raises(DataError, match=r"over data\.max_length 512"):
+        pipeline.prepare(Run.create(tmp_path / "run", tiny_recipe(tiny_folder, write_rows(rows))))

@@ -42,6 +42,9 @@ class Words:
         names = {index: word for word, index in self.words.items()}
         return [names[i] for i in ids]
 
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(self.convert_ids_to_tokens(ids))
+
     def apply_chat_template(self, messages: Any, *, chat_template: str, tokenize: bool, add_generation_prompt: bool) -> str:
         from jinja2 import Template
 
@@ -160,6 +163,20 @@ def test_a_template_without_stop_token_is_refused(tokenizer: Any, tmp_path: Any)
     path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
     with pytest.raises(ModelError, match="never learn to stop"):
         make_chat(tokenizer, str(path))
+
+
+def test_control_tokens_before_the_answer_do_not_end_it(tokenizer: Any, tmp_path: Any) -> None:
+    """gpt-oss and Cohere open the answer with a control token of its own, after the generation prompt."""
+    path = tmp_path / "channels.jinja"
+    path.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}bot<|im_start|>final{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}bot{% endif %}"
+    )
+    channels = make_chat(tokenizer, str(path))
+    assert channels.stop_ids[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (tokens,) = channels.training_tokens(example(("user", "a red cat"), ("assistant", "cat red")))
+    trained = tokenizer.decode([label for label in tokens.labels if label != IGNORED])
+    assert trained == "<|im_start|>finalcat red<|im_end|>"
 
 
 def test_a_template_that_differs_between_training_and_generation_is_refused(tokenizer: Any, tmp_path: Any) -> None:

@@ -70,8 +70,17 @@ def test_stop_texts_cut_the_answer(chat: Chat, tiny_models: Callable[[str], Any]
     stop = next(char for char in text[1:] if char.strip())
     found = {index: answer for batch in generate(model, chat, prompts, Limits(12, (stop,))) for index, answer in batch}
     assert found[row].text == text[: text.find(stop, 1)].strip()
-    assert found[row].finish_reason == "stop"
+    assert found[row].finish_reason == "stop_text"
     assert found[row].completion_tokens <= free[row].completion_tokens
+
+
+def test_a_fenced_answer_is_not_cut_at_its_first_line() -> None:
+    from burnish.models.generate import _cut
+
+    limits = Limits(9, ("\n",))
+    assert _cut('```json\n{"a": 1}', limits) is None
+    assert _cut('```json\n{"a": 1}\n```\nmore', limits) == len('```json\n{"a": 1}\n```')
+    assert _cut("plain\nmore", limits) == 5
 
 
 @pytest.mark.model

@@ -19,6 +19,7 @@ from burnish.tasks import (
     mcnemar_exact,
     paired_bootstrap,
     sign_flip_test,
+    statistics,
     wilson,
 )
 from burnish.tasks.metrics import macro_f1
@@ -232,3 +233,53 @@ def test_ten_thousand_resamples_of_two_thousand_rows_stay_within_seconds():
     started = time.process_time()
     compare(rows, rows[::-1], binary=False)
     assert time.process_time() - started < 5
+
+
+def test_rows_of_one_group_are_not_independent() -> None:
+    """Four users with a hundred rows each: evidence of four, whatever the rows say."""
+    random = np.random.default_rng(0)
+    groups = [f"user{index // 100}" for index in range(400)]
+    a, b = np.ones(400), np.zeros(400)
+    b[:100] = 1  # the first user is served alike by both
+    alone, grouped = statistics.compare(a, b, binary=True), statistics.compare(a, b, binary=True, groups=groups)
+    assert alone.p_value < 1e-50
+    assert grouped.p_value == pytest.approx(2 / 8)  # three users differ: both all-plus and all-minus of 2**3 patterns
+    assert grouped.high - grouped.low > 5 * (alone.high - alone.low)
+    one_each = [str(index) for index in range(400)]
+    noisy = random.integers(0, 2, 400)
+    assert statistics.compare(noisy, b, binary=True, groups=one_each) == statistics.compare(noisy, b, binary=True)
+
+
+def test_group_bootstrap_against_scipy() -> None:
+    """Groups of equal size: drawing groups is drawing their means, which scipy's bootstrap does."""
+    random = np.random.default_rng(1)
+    means = random.normal(0.3, 0.2, 40)
+    values = np.clip(np.repeat(means, 5) + random.normal(0, 0.02, 200), 0, 1)
+    groups = [str(index // 5) for index in range(200)]
+    ours = statistics.bootstrap_interval(values, groups=groups, resamples=20_000)
+    theirs = stats.bootstrap((values.reshape(40, 5).mean(1),), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.004)
+
+
+def test_effective_rows() -> None:
+    groups = [str(index // 10) for index in range(200)]
+    same = np.repeat(np.tile([0.0, 1.0], 10), 10)  # a group is right or wrong as a whole: worth its number of groups
+    assert statistics.effective_rows(same, groups) == pytest.approx(20, rel=0.06)
+    independent = np.random.default_rng(0).integers(0, 2, 200).astype(float)
+    assert statistics.effective_rows(independent, groups) > 100
+    assert statistics.effective_rows(np.zeros(200), groups) == 20
+    assert statistics.effective_rows(independent, None) == 200
+
+
+def test_null_comparisons_in_groups_stay_below_the_error_rate() -> None:
+    """1,000 comparisons without a true difference, 150 rows in 40 groups that go right together: at most 5 % are called."""
+    random = np.random.default_rng(7)
+    called = 0
+    for _ in range(1000):
+        group = np.sort(random.integers(0, 40, 150))
+        hard, mood_a, mood_b = random.random(40), random.normal(0, 0.3, 40), random.normal(0, 0.3, 40)
+        a = (random.random(150) < np.clip(hard + mood_a, 0, 1)[group]).astype(float)
+        b = (random.random(150) < np.clip(hard + mood_b, 0, 1)[group]).astype(float)
+        found = statistics.compare(a, b, binary=True, groups=[str(g) for g in group], resamples=300)
+        called += statistics.verdict(found.difference, found.low, found.high, found.p_value) != Verdict.CANT_TELL
+    assert called <= 60  # 5 % of 1,000 and a little noise

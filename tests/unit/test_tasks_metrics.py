@@ -74,11 +74,16 @@ class TestJsonMatch:
         assert score("json_match", prediction, reference) == 0.0
         assert score("json_match", reference, prediction) == 0.0
 
+    @pytest.mark.parametrize("text", ['```json\n{"a": 1}\n```', '```\n{"a": 1}```', ' ```json\n\n{"a":\n1}\n\n``` \n'])
+    def test_one_fence_is_looked_through(self, text):
+        assert METRICS["json_match"].score(text, '{"a": 1}').value == 1
+
     @pytest.mark.parametrize(
         ("text", "why"),
         [
             ("", "is not JSON (Expecting value)"),
-            ('```json\n{"a": 1}\n```', "is not JSON (Expecting value)"),
+            ('```json\n{"a": 1', "is not JSON (Expecting value)"),
+            ('text ```json\n{"a": 1}\n```', "is not JSON (Expecting value)"),
             ('{"a": 1} and more', "is not JSON (Extra data)"),
             ("{'a': 1}", "is not JSON (Expecting property name enclosed in double quotes)"),
             ('{"a": NaN}', "is not JSON (NaN is no JSON number)"),

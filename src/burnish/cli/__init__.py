@@ -142,7 +142,9 @@ def report(recipe: RecipeArgument, run: RunOption = None) -> None:
     from burnish.cli.terminal import say
     from burnish.report import report as write
 
-    say(write(_open(recipe, run)))
+    job = _open(recipe, run)
+    with job.lock(), job.step("report", ""):
+        say(write(job))
 
 
 @app.command()
@@ -301,7 +303,7 @@ def _report_error(text: str, code: int, debug: bool) -> int:
 def _recipe(path: Path, overrides: list[str] | None) -> Any:
     from burnish.recipe import load_recipe
 
-    if path.is_dir() or (not path.exists() and not path.suffix):
+    if _is_run(path):
         job = _open(path, None)
         if overrides:
             raise RecipeError("--set changes a recipe, not a run that has begun: give the recipe's file, and another --run")
@@ -309,9 +311,13 @@ def _recipe(path: Path, overrides: list[str] | None) -> Any:
     return load_recipe(path, overrides or ())
 
 
+def _is_run(path: Path) -> bool:
+    """A run's folder, or its name under ./runs, was given where a recipe could stand."""
+    return path.is_dir() or (not path.exists() and not path.suffix)
+
+
 def _folder_of(path: Path) -> Path | None:
-    """The run's folder where a run was given instead of a recipe."""
-    return _open(path, None).path if path.is_dir() else None
+    return _open(path, None).path if _is_run(path) else None
 
 
 def _open(recipe: Path, run: Path | None) -> Run:
@@ -417,7 +423,11 @@ def _show_diff(found: dict[str, Any]) -> None:
         rows.append(
             (row["candidate"], percent(row["a"]), percent(row["b"]), gain, f"{part['p_value']:.2g}" if part else "–", row.get("note", ""))
         )
-    table(f"what it did ({' / '.join(dict.fromkeys(found['metric']))})", ["candidate", "A", "B", "B − A, points", "p", "note"], rows)
+    table(
+        f"what it did ({' / '.join(dict.fromkeys(found['metric']))})",
+        ["candidate", "A", "B", "B − A, points", "p (unadjusted)", "note"],
+        rows,
+    )
 
 
 def _relative(data: str, output: Path) -> str:

@@ -54,8 +54,8 @@ def progress(quiet: bool = False) -> Iterator[Tell]:
         yield lambda what, done, total, detail: None
     elif err.is_terminal:
         with Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(), console=err,
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn(), console=err,
         ) as bars:  # fmt: skip
             yield _Bars(bars)
     else:

@@ -22,7 +22,7 @@ from burnish.data.split import find_overlap, split_by_group, take
 from burnish.errors import DataError, Problem
 from burnish.recipe import DataSection, Recipe
 from burnish.run import hash_file, hash_of
-from burnish.types import Dataset, Example
+from burnish.types import Dataset, Example, Tell, silent
 
 SPLITS = ("train", "validation", "test")
 # Below these a run cannot learn, cannot choose, or cannot show anything.
@@ -67,11 +67,11 @@ def load(recipe: Recipe) -> Loaded:
 
 
 def check(
-    loaded: Loaded, recipe: Recipe, *, tokenize: Tokenize | None = None, find_control: FindControl | None = None
+    loaded: Loaded, recipe: Recipe, *, tokenize: Tokenize | None = None, find_control: FindControl | None = None, tell: Tell = silent
 ) -> dict[str, Checked]:
     """Check each split that was read. The problems of reading are not repeated here: see `Loaded.problems`."""
     return {
-        split: check_examples(examples, recipe.data, tokenize=tokenize, find_control=find_control)
+        split: check_examples(examples, recipe.data, tokenize=tokenize, find_control=find_control, tell=tell)
         for split, examples in loaded.splits.items()
     }
 

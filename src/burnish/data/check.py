@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from burnish.data.formats import make_example
 from burnish.errors import ModelError, Problem
 from burnish.recipe import DataSection
-from burnish.types import Example, Tokens
+from burnish.types import Example, Tell, Tokens, silent
 
 Tokenize = Callable[[Example], list[Tokens]]
 FindControl = Callable[[str], str | None]
@@ -32,7 +33,12 @@ class Checked:
 
 
 def check_examples(
-    examples: Sequence[Example], data: DataSection, *, tokenize: Tokenize | None = None, find_control: FindControl | None = None
+    examples: Sequence[Example],
+    data: DataSection,
+    *,
+    tokenize: Tokenize | None = None,
+    find_control: FindControl | None = None,
+    tell: Tell = silent,
 ) -> Checked:
     """Duplicates, contradictions, control tokens inside text, rows over data.max_length, rows that train no token.
 
@@ -42,7 +48,9 @@ def check_examples(
     checked = Checked([])
     first_seen: dict[str, Example] = {}
     answers: dict[str, dict[str, str]] = defaultdict(dict)
-    for example in examples:
+    for number, example in enumerate(examples, 1):
+        if number % 500 == 0 or number == len(examples):
+            tell("checking rows", number, len(examples), "")
         if example.id in first_seen:
             checked.removed.append((example, "duplicate"))
             checked.warnings.append(
@@ -147,7 +155,7 @@ def _truncate_prompt(example: Example, max_length: int, tokenize: Tokenize) -> E
     def cut(keep: int) -> Example:
         messages = list(example.messages)
         messages[index] = {**messages[index], "content": text[len(text) - keep :].lstrip() or "…"}
-        return replace(example, messages=tuple(messages))
+        return make_example(messages, source=example.source, group=example.group, metadata=example.metadata)
 
     def fits(keep: int) -> bool:
         return max(len(tokens.input_ids) for tokens in tokenize(cut(keep))) <= max_length

@@ -43,7 +43,7 @@ def take(examples: Sequence[Example], rows: int | None, seed: int) -> list[Examp
 def find_overlap(of: Sequence[Example], against: Sequence[Example], ngram: int) -> dict[str, str]:
     """Rows of `of` whose prompt also stands in `against`: Example.id → reason.
 
-    Exact: the same words in all user messages (case, punctuation and spacing aside). n-gram: a run of `ngram` words in common (GPT-3,
+    Exact: the same words in the whole prompt (case, punctuation and spacing aside). n-gram, in user messages: a run of `ngram` words in common (GPT-3,
     arXiv 2005.14165, appendix C). A run that stands in the prompts of five or more groups of `against` is the form of the data (an
     instruction, a schema), not a leak, and does not count.
     """
@@ -68,7 +68,9 @@ def _words(example: Example) -> list[str]:
 
 
 def _key(example: Example) -> str:
-    return " ".join(_words(example)) or "\n".join(m["content"] for m in example.prompt)
+    """The whole prompt, a system message too: with a fixed question, what differs may stand there."""
+    text = "\n".join(m["content"] for m in example.prompt)
+    return " ".join(_WORD.findall(text.casefold())) or text
 
 
 def _runs(example: Example, n: int) -> set[int]:

@@ -54,7 +54,7 @@ def suggest_recipe(data: str, *, name: str, model: str) -> str:
         *([f"# First question: {_short(sample.question)}", f"# First answer:   {_short(sample.reference)}"] if sample else []),
         "# Two commands: `burnish check RECIPE` looks at the data, `burnish run RECIPE` does everything and writes the report.",
         "",
-        f"name: {name}",
+        f"name: {json.dumps(name[:100])}",
         f"model: {json.dumps(model)}",
         "data:",
         *lines,
@@ -84,4 +84,4 @@ def _short(text: str) -> str:
 def recipe_name(path: Path) -> str:
     """A run's name from a file's name."""
     name = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in path.stem).strip("-._")
-    return name or "run"
+    return name[:100] if name[:1].isalnum() else "run"

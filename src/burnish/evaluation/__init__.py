@@ -8,10 +8,11 @@ invariant   every candidate answers the same rows; what is chosen is chosen on v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
-from burnish.evaluation.compare import compare_run, detectable
+from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
 from burnish.models import Chat, Limits, load_adapter, load_model, weights_hash
@@ -32,7 +33,7 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     model = load_model(recipe.model, tell)
     identity = weights_hash(recipe.model.name)
     if trained:
-        model = load_adapter(model, run.adapter_folder)
+        model = load_adapter(model, run.adapter_folder, identity)
         identity = hash_of(identity, hash_file(run.adapter_folder / "adapter_model.safetensors"))
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
@@ -60,7 +61,17 @@ def _choose(
     options: Options,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     rows = sorted(validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
-    key = hash_of(names, [row.id for row in rows], recipe.to_dict()["evaluation"], task.metric, context.instruction, options.identity)
+    seen = [row.id for row in [*rows, *context.train]]
+    key = hash_of(
+        names,
+        seen,
+        recipe.to_dict()["evaluation"],
+        task.metric,
+        context.instruction,
+        asdict(limits),
+        context.chat.template_hash,
+        options.identity,
+    )
     if run.selection_file.exists() and (before := run.read_json(run.selection_file)).get("key") == key:
         return dict(before["chosen"])
     found = select(
@@ -70,4 +81,4 @@ def _choose(
     return dict(found["chosen"])
 
 
-__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "limits_for"]
+__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for"]

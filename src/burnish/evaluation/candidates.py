@@ -78,14 +78,14 @@ def make_context(chat: Chat, task: Task, train: Sequence[Example], *, instructio
     return Context(chat, instruction or write_instruction(task, train), tuple(train), Retriever(train), prompt_limit, takes_system)
 
 
-def prompt_ids(candidate: str, example: Example, setting: Setting, context: Context) -> list[int]:
-    """The tokens a candidate's model is given. Examples that do not fit the model's context are left out, the farthest first."""
+def prompt_ids(candidate: str, example: Example, setting: Setting, context: Context) -> tuple[list[int], int]:
+    """The tokens a candidate's model is given, and how many examples they show: those that do not fit the model's context are left out."""
     shots = setting.shots
     while True:
         messages = CANDIDATES[candidate].messages(example, Setting(setting.prompt_form, shots), context)
         ids = context.chat.prompt_ids(messages)
         if len(ids) <= context.prompt_limit or shots == 0:
-            return ids
+            return ids, shots
         shots -= max(1, shots // 8)
 
 

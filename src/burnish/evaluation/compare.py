@@ -10,10 +10,11 @@ import numpy as np
 
 from burnish.errors import DataError
 from burnish.evaluation.candidates import CANDIDATES
-from burnish.evaluation.predict import read_predictions
+from burnish.evaluation.predict import read_predictions, rows_per_second
 from burnish.recipe import Recipe
 from burnish.run import Run
 from burnish.tasks import (
+    CORPUS_RESAMPLES,
     Metric,
     Task,
     bootstrap_interval,
@@ -22,6 +23,7 @@ from burnish.tasks import (
     corpus_bootstrap,
     counts,
     detectable_difference,
+    effective_rows,
     find_metric,
     headline,
     json_fields,
@@ -32,25 +34,45 @@ from burnish.tasks import (
     values,
     wilson,
 )
-from burnish.types import Comparison, Example, Prediction, Score, Verdict
+from burnish.types import Comparison, Example, Prediction, Score, Tell, Verdict, silent
+
+# Intervals of further corpus metrics (BLEU, chrF) are for looking; no verdict rests on them, and chrF over 200 rows takes 0.1 s.
+_FURTHER_RESAMPLES = 60
 
 
-def compare_run(run: Run, recipe: Recipe, task: Task, test: Sequence[Example]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ground:
+    """What every candidate is judged on: the test rows whose references the metric can read."""
+
+    run: Run
+    recipe: Recipe
+    task: Task
+    metric: Metric
+    test: list[Example]
+    predictions: dict[str, list[Prediction]]
+    scores: dict[str, list[Score]]
+    tell: Tell
+
+    @property
+    def references(self) -> list[str]:
+        return [example.reference for example in self.test]
+
+    @property
+    def groups(self) -> list[str]:
+        return [example.group for example in self.test]
+
+    def answers(self, name: str) -> list[str]:
+        return [prediction.text for prediction in self.predictions[name]]
+
+
+def compare_run(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], tell: Tell = silent) -> dict[str, Any]:
     """Compare what the run has predicted. Returns what comparison.json holds; raises DataError where answers are missing."""
-    predictions: dict[str, list[Prediction]] = {name: _complete(run, name, test) for name in recipe.evaluation.candidates}
-    metric = find_metric(task.metric)
-    references = [example.reference for example in test]
-    scores = {name: score_rows(metric, [p.text for p in made], references) for name, made in predictions.items()}
-    kept = [index for index in range(len(test)) if all(counts(part[index]) for part in scores.values())]
-    if not kept:
-        raise DataError(f"task.metric: {metric.name} can score none of the {len(test)} test rows: {next(iter(scores.values()))[0].reason}")
-    trained = [name for name in predictions if CANDIDATES[name].trained]
-    baselines = [name for name in predictions if not CANDIDATES[name].trained]
-    comparisons = _comparisons(metric, scores, predictions, references, recipe, trained, baselines)
-    table = [_row(name, metric, scores[name], predictions[name], references, recipe, task, run) for name in predictions]
+    ground = _ground(run, recipe, task, test, tell)
+    metric, rows = ground.metric, len(ground.test)
+    comparisons = _comparisons(ground)
+    table = [_row(ground, name) for name in ground.predictions]
     by_name = {row["name"]: row for row in table}
-    verdict = overall(comparisons, by_name)
-    best = max(baselines, key=lambda name: _number(by_name[name]["score"]), default=None)
+    baselines = [name for name in ground.predictions if not CANDIDATES[name].trained]
     content: dict[str, Any] = {
         "metric": metric.name,
         "metric_title": metric.title,
@@ -58,19 +80,43 @@ def compare_run(run: Run, recipe: Recipe, task: Task, test: Sequence[Example]) -
         "metric_reason": task.reason,
         "binary": metric.binary,
         "confidence": recipe.evaluation.confidence,
-        "rows": len(kept),
-        "left_out": len(test) - len(kept),
-        "detectable_difference": detectable(len(kept), recipe, metric),
-        "verdict": str(verdict),
-        "best_baseline": best,
+        "rows": rows,
+        "groups": len(set(ground.groups)),
+        "left_out": len(test) - rows,
+        "detectable_difference": detectable(rows, recipe, metric),
+        "verdict": str(overall(comparisons, by_name)),
+        "best_baseline": max(baselines, key=lambda name: _number(by_name[name]["score"]), default=None),
         "batch_size": recipe.evaluation.batch_size,
         "candidates": table,
         "comparisons": [{**dataclasses.asdict(item), "verdict": str(item.verdict)} for item in comparisons],
-        "fields": _fields(task, predictions, references),
-        "rows_detail": _details(test, predictions, scores),
+        "fields": _fields(ground),
+        "rows_detail": _details(ground),
     }
     content["sentence"] = sentence(content)
     return content
+
+
+def _ground(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], tell: Tell) -> _Ground:
+    predictions: dict[str, list[Prediction]] = {name: _complete(run, name, test) for name in recipe.evaluation.candidates}
+    metric = find_metric(task.metric)
+    references = [example.reference for example in test]
+    scores = {name: score_rows(metric, [p.text for p in made], references) for name, made in predictions.items()}
+    kept = [index for index in range(len(test)) if all(counts(part[index]) for part in scores.values())]
+    if not kept:
+        reason = next(iter(scores.values()))[0].reason
+        raise DataError(
+            f"task.metric: {metric.name} can score none of the {len(test)} test rows (the first: {reason}); choose another metric"
+        )
+    return _Ground(
+        run,
+        recipe,
+        task,
+        metric,
+        [test[index] for index in kept],
+        {name: [made[index] for index in kept] for name, made in predictions.items()},
+        {name: [part[index] for index in kept] for name, part in scores.items()},
+        tell,
+    )
 
 
 def detectable(rows: int, recipe: Recipe, metric: Metric) -> float | None:
@@ -102,7 +148,7 @@ def sentence(content: Mapping[str, Any]) -> str:
     item = next(c for c in comparisons if c["baseline"] == best["name"])
     numbers = (
         f"{_percent(tuned['score'])} against {_percent(best['score'])} for the best baseline ({best['title']}): "
-        f"{100 * item['difference']:+.1f} points [{100 * item['low']:+.1f}, {100 * item['high']:+.1f}], {rows} test rows, {title.lower()}"
+        f"{100 * item['difference']:+.1f} points [{100 * item['low']:+.1f}, {100 * item['high']:+.1f}], {rows} test rows{_in_groups(content)}, {title.lower()}"
     )
     if content["verdict"] == Verdict.BETTER:
         others = "every baseline" if len(comparisons) > 1 else "the baseline"
@@ -119,6 +165,12 @@ def sentence(content: Mapping[str, Any]) -> str:
     return f"Can't tell whether the fine-tuned model is better than {' and '.join(not_better)}: {numbers}{hint}."
 
 
+def is_answered(run: Run, name: str, test: Sequence[Example]) -> bool:
+    """Whether the candidate's answers to all test rows are on the disk."""
+    path = run.predictions_file(name)
+    return path.exists() and {example.id for example in test} <= {prediction.example for prediction in read_predictions(path)}
+
+
 def _complete(run: Run, name: str, test: Sequence[Example]) -> list[Prediction]:
     found = {
         prediction.example: prediction
@@ -132,20 +184,25 @@ def _complete(run: Run, name: str, test: Sequence[Example]) -> list[Prediction]:
     return [found[example.id] for example in test]
 
 
-def _comparisons(
-    metric: Metric, scores: Mapping[str, list[Score]], predictions: Mapping[str, list[Prediction]], references: list[str], recipe: Recipe,
-    trained: Sequence[str], baselines: Sequence[str],
-) -> list[Comparison]:  # fmt: skip
-    settings = recipe.evaluation
+def _comparisons(ground: _Ground) -> list[Comparison]:
+    settings, metric = ground.recipe.evaluation, ground.metric
+    trained = [name for name in ground.predictions if CANDIDATES[name].trained]
+    baselines = [name for name in ground.predictions if not CANDIDATES[name].trained]
     made: list[Comparison] = []
     for name in trained if baselines else ():
         if metric.corpus is None:
             made += build_comparisons(
-                {key: values(part) for key, part in scores.items()}, name, baselines=baselines, metric=metric,
-                confidence=settings.confidence, resamples=settings.resamples, seed=recipe.seed,
-            )  # fmt: skip
+                {key: values(part) for key, part in ground.scores.items()},
+                name,
+                baselines=baselines,
+                metric=metric,
+                groups=ground.groups,
+                confidence=settings.confidence,
+                resamples=settings.resamples,
+                seed=ground.recipe.seed,
+            )
             continue
-        clean = {key: texts(scores[key], [p.text for p in part], references) for key, part in predictions.items()}
+        clean = {key: texts(ground.scores[key], ground.answers(key), ground.references) for key in ground.predictions}
         differences = {
             key: compare_corpus(
                 metric.corpus,
@@ -153,7 +210,7 @@ def _comparisons(
                 baseline=clean[key][0],
                 references=clean[name][1],
                 confidence=settings.confidence,
-                seed=recipe.seed,
+                seed=ground.recipe.seed,
             )
             for key in baselines
         }
@@ -161,16 +218,22 @@ def _comparisons(
     return made
 
 
-def _row(
-    name: str, metric: Metric, scores: list[Score], made: list[Prediction], references: list[str], recipe: Recipe, task: Task, run: Run
-) -> dict[str, Any]:  # fmt: skip
+def _row(ground: _Ground, name: str) -> dict[str, Any]:
     """One line of the table of candidates."""
-    number = headline(scores)
-    answers = [prediction.text for prediction in made]
-    value, low, high = _with_interval(metric, answers, references, recipe)
+    number, made = headline(ground.scores[name]), ground.predictions[name]
+    file = ground.run.predictions_file(name)
+    value, low, high = _with_interval(ground, ground.metric, name)
     seconds = np.array([prediction.seconds for prediction in made])
-    setting = next(iter(run.read_jsonl(run.predictions_file(name))), {})
-    training = run.read_json(run.training_file) if CANDIDATES[name].trained and run.training_file.exists() else None
+    setting = next(iter(ground.run.read_jsonl(file)), {})
+    training = ground.run.read_json(ground.run.training_file) if CANDIDATES[name].trained else None
+    further: dict[str, dict[str, Any]] = {}
+    total = len(ground.predictions) * len(ground.task.further_metrics)
+    for key in ground.task.further_metrics:
+        metric = find_metric(key)
+        ground.tell(
+            "further metrics", list(ground.predictions).index(name) * len(ground.task.further_metrics) + len(further) + 1, total, key
+        )
+        further[key] = {"title": metric.title, **dict(zip(("value", "low", "high"), _with_interval(ground, metric, name), strict=True))}
     return {
         "name": name,
         "title": CANDIDATES[name].title,
@@ -180,70 +243,71 @@ def _row(
         "n": number.n,
         "unscored": number.unscored,
         "unscored_reasons": number.reasons,
-        "metrics": {
-            key: {
-                "title": find_metric(key).title,
-                **dict(zip(("value", "low", "high"), _with_interval(find_metric(key), answers, references, recipe), strict=True)),
-            }
-            for key in task.further_metrics
-        },
+        "metrics": further,
         "seconds_p50": round(float(np.percentile(seconds, 50)), 4),
         "seconds_p95": round(float(np.percentile(seconds, 95)), 4),
-        "rows_per_second": setting.get("rows_per_second"),
+        "rows_per_second": rows_per_second(file),
         "prompt_tokens_mean": round(float(np.mean([p.prompt_tokens for p in made])), 1),
         "completion_tokens_mean": round(float(np.mean([p.completion_tokens for p in made])), 1),
-        "stopped_fraction": round(float(np.mean([p.finish_reason == "stop" for p in made])), 4),
+        "stopped_fraction": round(float(np.mean([p.finish_reason != "length" for p in made])), 4),
         "training_seconds": training["seconds"] if training else None,
         "prompt_form": setting.get("prompt_form"),
-        "shots": setting.get("shots"),
+        "shots": setting.get("shots_shown"),
     }
 
 
-def _with_interval(
-    metric: Metric, answers: list[str], references: list[str], recipe: Recipe
-) -> tuple[float | None, float | None, float | None]:
-    settings = recipe.evaluation
-    scores = score_rows(metric, answers, references)
+def _with_interval(ground: _Ground, metric: Metric, name: str) -> tuple[float | None, float | None, float | None]:
+    settings, answers = ground.recipe.evaluation, ground.answers(name)
+    scores = score_rows(metric, answers, ground.references)
     kept = values(scores)
     if not kept:
         return None, None, None
     if metric.corpus is not None:
-        clean, wanted = texts(scores, answers, references)
-        low, high = corpus_bootstrap(metric.corpus, clean, references=wanted, confidence=settings.confidence, seed=recipe.seed)
-        value = measure(metric, answers, references).value
-        return (None if value is None else round(value, 6)), round(low, 6), round(high, 6)
+        clean, wanted = texts(scores, answers, ground.references)
+        resamples = CORPUS_RESAMPLES if metric is ground.metric else _FURTHER_RESAMPLES
+        options: dict[str, Any] = {"confidence": settings.confidence, "resamples": resamples, "seed": ground.recipe.seed}
+        low, high = corpus_bootstrap(metric.corpus, clean, references=wanted, **options)
+        found = measure(metric, answers, ground.references).value
+        return (None if found is None else round(found, 6)), round(low, 6), round(high, 6)
     value = float(np.mean(kept))
+    groups = [group for group, score in zip(ground.groups, scores, strict=True) if counts(score)]
     if metric.binary:
-        low, high = wilson(round(sum(kept)), len(kept), settings.confidence)
+        worth = effective_rows(kept, groups)
+        low, high = wilson(value * worth, worth, settings.confidence)
     else:
-        low, high = bootstrap_interval(kept, confidence=settings.confidence, resamples=settings.resamples, seed=recipe.seed)
+        low, high = bootstrap_interval(
+            kept, groups=groups, confidence=settings.confidence, resamples=settings.resamples, seed=ground.recipe.seed
+        )
     return round(value, 6), round(low, 6), round(high, 6)
 
 
-def _fields(task: Task, predictions: Mapping[str, list[Prediction]], references: list[str]) -> dict[str, Any] | None:
-    if task.kind != "json":
+def _fields(ground: _Ground) -> dict[str, Any] | None:
+    if ground.task.kind != "json":
         return None
     return {
-        name: {field: dataclasses.asdict(score) for field, score in json_fields([p.text for p in made], references).items()}
-        for name, made in predictions.items()
+        name: {field: dataclasses.asdict(score) for field, score in json_fields(ground.answers(name), ground.references).items()}
+        for name in ground.predictions
     }
 
 
-def _details(
-    test: Sequence[Example], predictions: Mapping[str, list[Prediction]], scores: Mapping[str, list[Score]]
-) -> list[dict[str, Any]]:
+def _details(ground: _Ground) -> list[dict[str, Any]]:
     return [
         {
             "example": example.id,
             "source": example.source,
             "question": example.question,
             "reference": example.reference,
-            "answers": {name: made[index].text for name, made in predictions.items()},
-            "scores": {name: part[index].value for name, part in scores.items()},
-            "reasons": {name: part[index].reason for name, part in scores.items() if part[index].reason},
+            "answers": {name: made[index].text for name, made in ground.predictions.items()},
+            "scores": {name: part[index].value for name, part in ground.scores.items()},
+            "reasons": {name: part[index].reason for name, part in ground.scores.items() if part[index].reason},
         }
-        for index, example in enumerate(test)
+        for index, example in enumerate(ground.test)
     ]
+
+
+def _in_groups(content: Mapping[str, Any]) -> str:
+    groups = content.get("groups")
+    return f" in {groups} groups" if groups and groups < content["rows"] else ""
 
 
 def _number(value: float | None) -> float:

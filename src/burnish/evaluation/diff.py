@@ -7,7 +7,7 @@ from typing import Any
 
 from burnish.recipe import differences
 from burnish.run import Run
-from burnish.tasks import compare
+from burnish.tasks import METRICS, compare
 
 
 def diff_runs(a: Run, b: Run) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def diff_runs(a: Run, b: Run) -> dict[str, Any]:
         "b": str(b.path),
         "recipe": {k: list(v) for k, v in differences(a.recipe(), b.recipe()).items() if k != "name"},
         "data": {
-            split: [data_a["splits"][split]["rows"], data_b["splits"][split]["rows"]]
+            split: [f"{part['splits'][split]['rows']} rows, {part['splits'][split]['sha256'][:8]}" for part in (data_a, data_b)]
             for split in data_a["splits"]
             if data_a["splits"][split]["sha256"] != data_b["splits"][split]["sha256"]
         },
@@ -43,6 +43,8 @@ def _score_row(name: str, left: dict[str, Any], right: dict[str, Any]) -> dict[s
     row: dict[str, Any] = {"candidate": name, "a": scores[0], "b": scores[1]}
     if left["metric"] != right["metric"]:
         return row | {"note": "not comparable: the metrics differ"}
+    if left["metric"] in METRICS and METRICS[left["metric"]].corpus is not None:
+        return row | {"note": "a number of the whole corpus: no interval of the difference between runs"}
     by_id = [{item["example"]: item["scores"] for item in content["rows_detail"] if name in item["scores"]} for content in (left, right)]
     shared = [example for example in by_id[0] if example in by_id[1]]
     if not shared or None in scores:

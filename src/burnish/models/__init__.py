@@ -7,10 +7,20 @@ invariant   one function turns messages into tokens for training, evaluation and
 
 from burnish.models.chat import IGNORED, Chat, make_chat
 from burnish.models.generate import Generation, Limits, generate
-from burnish.models.load import find_model, load_chat, load_model, resolve_device, resolve_dtype, weights_hash
-from burnish.models.methods import LEARNING_RATES, METHODS, load_adapter, trainable_parameters
+from burnish.models.load import (
+    context_window,
+    find_model,
+    load_chat,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    tokenizer_hash,
+    weights_hash,
+)
+from burnish.models.methods import ADAPTER_MANIFEST, LEARNING_RATES, METHODS, load_adapter, trainable_parameters, verify_adapter
 
 __all__ = [
-    "IGNORED", "LEARNING_RATES", "METHODS", "Chat", "Generation", "Limits", "find_model", "generate", "load_adapter", "load_chat", "load_model",
-    "make_chat", "resolve_device", "resolve_dtype", "trainable_parameters", "weights_hash",
+    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "Chat", "Generation", "Limits", "context_window", "find_model", "generate",
+    "load_adapter", "load_chat", "load_model", "make_chat", "resolve_device", "resolve_dtype", "tokenizer_hash", "trainable_parameters",
+    "verify_adapter", "weights_hash",
 ]  # fmt: skip

@@ -155,17 +155,19 @@ def make_chat(tokenizer: Any, chat_template: str) -> Chat:
     end_ids = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     probe = Chat(tokenizer, template, name, tuple(end_ids))
     conversation: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    prompt = probe.encode(conversation[:1], add_generation_prompt=True)
-    full = probe.encode(conversation, add_generation_prompt=False)
+    # What the template writes after the answer's text; some (gpt-oss, Cohere) write control tokens before it, too.
+    after = probe.render(conversation, add_generation_prompt=False).rpartition("answer")[2]
     control_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(end_ids)
-    written = [token for token in full[len(prompt) :] if token in control_ids]
+    written = [token for token in probe._ids(after) if token in control_ids]
     if not written:
         raise ModelError(
             f"the template ({name}) writes no control token after an answer, so the model would never learn to stop. "
             f"Choose a shipped model.chat_template ({', '.join(TEMPLATES)}) or one made for this tokenizer"
         )
     chat = Chat(tokenizer, template, name, tuple(dict.fromkeys([written[0], *end_ids])))
-    chat.training_tokens(Example("probe", tuple(conversation), "probe", "a short conversation"))
+    (tokens,) = chat.training_tokens(Example("probe", tuple(conversation), "probe", "a short conversation"))
+    if "answer" not in tokenizer.decode([label for label in tokens.labels if label != IGNORED]):
+        raise ModelError(f"the template ({name}): its stop token stands before the answer too, so the answer would not be trained")
     return chat
 
 

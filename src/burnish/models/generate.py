@@ -29,7 +29,7 @@ _BATCH_TOKENS = 24_576
 @dataclass(frozen=True, slots=True)
 class Generation:
     text: str
-    finish_reason: str  # stop · length
+    finish_reason: str  # stop: the stop token · stop_text: one of `Limits.stop_texts` · length
     prompt_tokens: int
     completion_tokens: int  # with the stop token, without what follows a stop text
     seconds: float  # from the start of the batch to this request's last token
@@ -85,10 +85,11 @@ def generate(
     tell("generating", 0, len(prompts), "")
     for batch in _batches(order, prompts, limits, batch_size):
         with torch.inference_mode():
+            started = time.perf_counter()  # the first batch waits for what all share, too
             if shared >= _LEAST_SHARED and shared_cache is None:
                 shared_cache = _prefill_shared(model, masks, list(prompts[order[0]][:shared]))
             skip = shared if shared_cache is not None else 0
-            answers = _generate_batch(model, chat, [list(prompts[i][skip:]) for i in batch], limits, masks, shared_cache, skip)
+            answers = _generate_batch(model, chat, [list(prompts[i][skip:]) for i in batch], limits, masks, shared_cache, skip, started)
         done += len(batch)
         tell("generating", done, len(prompts), "")
         yield list(zip(batch, answers, strict=True))
@@ -171,10 +172,9 @@ def _repeated(shared: Cache, masks: _Masks, rows: int) -> Cache:
 
 
 def _generate_batch(
-    model: Any, chat: Chat, prompts: list[list[int]], limits: Limits, masks: _Masks, shared: Cache | None, skip: int
+    model: Any, chat: Chat, prompts: list[list[int]], limits: Limits, masks: _Masks, shared: Cache | None, skip: int, started: float
 ) -> list[Generation]:
     """Prompts without their shared first `skip` tokens → answers, in order."""
-    started = time.perf_counter()
     rows, width, device = len(prompts), max(map(len, prompts)), model.device
     ids = torch.full((rows, width), chat.stop_ids[-1], device=device)  # (B, T), padded on the left
     positions = torch.full((rows, width), -1, device=device)
@@ -235,9 +235,8 @@ def _select(cache: Cache, keep: Tensor) -> None:
 def _finished(chat: Chat, written: list[int], limits: Limits) -> str | None:
     if written[-1] in chat.stop_ids:
         return "stop"
-    # A stop text ends with the newest token or is not new, so the last few tokens tell.
-    if limits.stop_texts and _cut(chat.decode(written[-24:]) if len(written) > 24 else chat.decode(written).lstrip(), limits) is not None:
-        return "stop"
+    if limits.stop_texts and _cut(chat.decode(written).lstrip(), limits) is not None:
+        return "stop_text"
     return "length" if len(written) >= limits.max_new_tokens else None
 
 
@@ -249,5 +248,12 @@ def _text(chat: Chat, written: list[int], limits: Limits) -> str:
 
 def _cut(text: str, limits: Limits) -> int | None:
     """Where the first stop text begins, after at least one character of an answer."""
-    places = [place for stop in limits.stop_texts if (place := text.find(stop)) > 0]
+    # An answer in a Markdown fence ends where the fence is closed; its first line is not the answer.
+    start = 1
+    if text.startswith("```"):
+        closed = text.find("```", 3)
+        if closed < 0:
+            return None
+        start = closed + 3
+    places = [place for stop in limits.stop_texts if (place := text.find(stop, start)) >= 0]
     return min(places) if places else None

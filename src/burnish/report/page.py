@@ -111,13 +111,14 @@ def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
 
 
 def _metrics(candidates: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
-    """The other metrics as rows: name, unit, and the value of each candidate."""
+    """The other metrics as rows: title, unit, and the value of each candidate."""
     names = dict.fromkeys(name for row in candidates for name in row["metrics"] if name != main)
     rows = []
     for name in names:
         values = {row["name"]: _metric(row["metrics"].get(name)) for row in candidates}
         numbers = [value["value"] for value in values.values() if texts.is_number(value["value"])]
-        rows.append({"name": name, "values": values, "percent": all(0 <= value <= 1 for value in numbers)})
+        title = next((row["metrics"][name]["title"] for row in candidates if row["metrics"].get(name, {}).get("title")), name)
+        rows.append({"name": title, "values": values, "percent": all(0 <= value <= 1 for value in numbers)})
     return rows
 
 

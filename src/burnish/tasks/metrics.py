@@ -211,8 +211,16 @@ def number_of(text: str) -> Decimal:
 # JSON
 
 
+_FENCE = re.compile(r"\s*```(?:json|JSON)?[ \t]*\n(.*?)\n?\s*```\s*", re.DOTALL)
+
+
 def parse_json(text: str) -> Any:
-    """The JSON value of `text`, numbers as Decimal. Unreadable if not JSON, with a duplicate key, NaN or Infinity."""
+    """The JSON value of `text`, numbers as Decimal. Unreadable if not JSON, with a duplicate key, NaN or Infinity.
+
+    One Markdown fence around it (```json … ```) is looked through: chat models were taught to write it, and every client strips it.
+    """
+    if fenced := _FENCE.fullmatch(text):
+        text = fenced.group(1)
     try:
         # Decimal: 1 == 1.0, 0.1 == 0.10, 1e400 is no infinity, and 5,000 digits do not hit Python's limit for int.
         return json.loads(text, parse_int=Decimal, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_unique)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from burnish.errors import TrainingError
-from burnish.models import METHODS, Chat, load_model, trainable_parameters, weights_hash
+from burnish.models import METHODS, Chat, load_model, trainable_parameters, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, append_line
-from burnish.training.checkpoint import save_adapter, verify_adapter
+from burnish.training.checkpoint import save_adapter
 from burnish.training.loop import Hooks, peak_memory_bytes, run_loop
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
@@ -24,6 +24,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     """Train and keep the best checkpoint. Returns the summary that is also written to training/summary.json."""
     started = time.perf_counter()
     sequences, validation = tokenize_all(chat, dataset.train), tokenize_all(chat, dataset.validation)
+    sources = [example.source for example in dataset.train for _ in chat.training_tokens(example)]
     model = METHODS[recipe.training.method](load_model(recipe.model, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
     before = _fingerprint(model)
@@ -33,10 +34,18 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     def keep_best(step: int, loss: float | None) -> None:
         save_adapter(model, chat, run.adapter_folder, {**facts, "step": step, "validation_loss": loss})
 
-    hooks = Hooks(log=lambda row: append_line(run.metrics_file, row), keep_best=keep_best, tell=tell)
+    hooks = Hooks(
+        log=lambda row: append_line(run.metrics_file, row),
+        keep_best=keep_best,
+        tell=tell,
+        describe=lambda chosen: ", ".join(sources[i] for i in chosen[:8]),
+    )
     progress = run_loop(model, sequences, validation, settings=recipe.training, seed=recipe.seed, hooks=hooks)
     if _fingerprint(model) == before:
         raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
+    base_loss = progress.validation_losses[0][1] if progress.validation_losses else None
+    if base_loss is not None and progress.best_loss is not None and progress.best_loss >= base_loss:
+        tell("no gain", 0, 0, f"the best validation loss, {progress.best_loss:.4f}, is not below the base model's, {base_loss:.4f}")
     manifest = verify_adapter(run.adapter_folder, base_sha256)
     parameters = trainable_parameters(model)
     summary = {
@@ -55,7 +64,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
         "target_tokens": progress.target_tokens,
         "tokens_per_second": round(progress.tokens / progress.seconds, 1),
         "examples_per_second": round(progress.examples / progress.seconds, 3),
-        "base_validation_loss": progress.validation_losses[0][1] if progress.validation_losses else None,
+        "base_validation_loss": base_loss,
         "best_step": progress.best_step or progress.step,
         "best_validation_loss": progress.best_loss,
         "stopped_early": progress.stopped_early,
@@ -76,4 +85,4 @@ def _fingerprint(model: Any) -> list[float]:
     return [float(parameter.detach().double().sum()) for parameter in trainable_parameters(model).values()]
 
 
-__all__ = ["tokenize_all", "train", "verify_adapter"]
+__all__ = ["tokenize_all", "train"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from burnish.errors import TrainingError
-from burnish.models import trainable_parameters
+from burnish.models import IGNORED, trainable_parameters
 from burnish.recipe import TrainingSection
 from burnish.training.loss import summed_loss
 from burnish.training.pack import epoch_order, flatten
@@ -47,6 +47,7 @@ class Hooks:
     log: Callable[[dict[str, Any]], None]
     keep_best: Callable[[int, float | None], None]
     tell: Tell = silent
+    describe: Callable[[list[int]], str] = lambda indices: f"training sequences {sorted(indices)[:8]} (counted from 0)"
 
 
 def planned_steps(rows: int, settings: TrainingSection) -> int:
@@ -81,12 +82,15 @@ def run_loop(
     masters = [parameter.detach().float().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
     torch.manual_seed(seed)
-    _validate(model, validation, progress, settings, hooks)
+    at_once = settings.micro_batch_size if keeps_sequences_apart(model, train) else 1
+    if at_once != settings.micro_batch_size:
+        hooks.tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
+    _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
     skipped = 0
     for indices in _steps(lengths, seed=seed, batch=batch, steps=progress.planned_steps):
         started = time.perf_counter()
         sequences = [train[index] for index in indices]
-        loss, targets = _backward(model, sequences, settings.micro_batch_size)
+        loss, targets = _backward(model, sequences, at_once)
         norm = _gradient_norm(parameters)
         rate = learning_rate_at(progress.step, progress.planned_steps, settings)
         progress.step += 1
@@ -106,8 +110,8 @@ def run_loop(
         hooks.log(_row(progress, len(train), loss=loss if finite else None, rate=rate, norm=norm if finite else None))
         if skipped >= SKIPS_IN_A_ROW:
             raise TrainingError(
-                f"diverged: the loss or gradient was not finite in {skipped} steps in a row, the last with training rows {sorted(indices)[:8]} "
-                "(counted from 0). The best checkpoint so far is kept; lower training.learning_rate or look at these rows"
+                f"diverged: the loss or gradient was not finite in {skipped} steps in a row, the last with {hooks.describe(indices)}. "
+                "Lower training.learning_rate or look at these rows"
             )
         left = (progress.planned_steps - progress.step) * progress.seconds / progress.step
         hooks.tell(
@@ -117,7 +121,7 @@ def run_loop(
             f"loss {loss:.3f} · {progress.tokens / progress.seconds:.0f} tok/s · {left / 60:.1f} min left",
         )
         if progress.step % every == 0 or progress.step == progress.planned_steps:
-            _validate(model, validation, progress, settings, hooks)
+            _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
             if progress.stopped_early:
                 break
     if not validation:
@@ -137,6 +141,22 @@ def mean_loss(model: Any, sequences: Sequence[Tokens], micro_batch_size: int, te
             targets += len(batch.targets)
             tell("validation loss", min(start + micro_batch_size, len(ordered)), len(ordered), "")
     return total / targets
+
+
+def keeps_sequences_apart(model: Any, train: Sequence[Tokens]) -> bool:
+    """Whether a sequence's loss is the same whatever is packed before it: proved on this model, not assumed of its family."""
+    first, second = sorted(train, key=lambda tokens: len(tokens.input_ids))[:2] if len(train) > 1 else (train[0], train[0])
+    other = Tokens([first.input_ids[0]] * len(first.input_ids), first.labels)  # the same length, other words
+    only_second = Tokens(second.input_ids, second.labels)
+    losses = []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for before in (first, other):
+            unscored = Tokens(before.input_ids, [IGNORED] * len(before.input_ids))
+            losses.append(float(summed_loss(model, flatten([unscored, only_second]).to(model.device))))
+    model.train(was_training)
+    return math.isclose(*losses, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def peak_memory_bytes() -> int:
@@ -195,12 +215,14 @@ def _update(
             master.grad = None
 
 
-def _validate(model: Any, validation: Sequence[Tokens], progress: Progress, settings: TrainingSection, hooks: Hooks) -> None:
+def _validate(
+    model: Any, validation: Sequence[Tokens], progress: Progress, *, settings: TrainingSection, hooks: Hooks, at_once: int
+) -> None:
     if not validation:
         return
     started = time.perf_counter()
     model.eval()
-    loss = mean_loss(model, validation, settings.micro_batch_size)
+    loss = mean_loss(model, validation, at_once)
     if not math.isfinite(loss):
         raise TrainingError(f"diverged: the validation loss after step {progress.step} is not finite. Lower training.learning_rate")
     progress.validation_losses.append((progress.step, loss))

@@ -67,10 +67,3 @@ def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int) ->
     full = [part for part in batches if len(part) == batch]
     shuffle.shuffle(full)
     return [index for part in [*full, *tail] for index in part]
-
-
-def step_indices(lengths: Sequence[int], step: int, *, seed: int, batch: int) -> list[int]:
-    """The examples of one optimizer step (counted from 0), without walking the steps before it. An epoch's last step may be smaller."""
-    steps_per_epoch = -(-len(lengths) // batch)
-    epoch, place = divmod(step, steps_per_epoch)
-    return epoch_order(lengths, seed=seed, epoch=epoch, batch=batch)[place * batch : (place + 1) * batch]
