@@ -45,7 +45,7 @@ from burnish.types import Dataset, Tell, silent
 DEMO = {
     "name": "demo",
     "model": "gemma-3-270m",
-    "data": {"train": "demo:home-assistant/en", "train_rows": 2000, "validation_rows": 100, "test_rows": 150},
+    "data": {"train": "demo:home-assistant/en", "train_rows": 1600, "validation_rows": 64, "test_rows": 150},
     "training": {"epochs": 1, "micro_batch_size": 16, "validations_per_epoch": 4},
 }
 

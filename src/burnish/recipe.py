@@ -94,7 +94,7 @@ class LoraSection(_Section):
 class TrainingSection(_Section):
     method: Literal["lora"] = Field("lora", description="what is trained: a row of METHODS")
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
-        "auto", description="peak; `auto`: the method's measured default, written into the run"
+        "auto", description="peak; `auto`: the method's default, written into the run"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="after warm-up, down to a tenth of the peak (cosine), to 0 (linear), or flat"

@@ -56,6 +56,8 @@ def _convert(package: Any, sha256: str, folder: Path, tell: Tell) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from burnish.models.quiet import quiet
+
     free = shutil.disk_usage(folder.parent).free
     if free < _NEEDED_BYTES:
         raise ModelError(
@@ -65,7 +67,7 @@ def _convert(package: Any, sha256: str, folder: Path, tell: Tell) -> None:
     steps = 5
     tell("notice", 0, 0, NOTICE)
     tell(what, 0, steps, "putting its pieces together")
-    with write_folder(folder) as aside:
+    with write_folder(folder) as aside, quiet():
         source = aside / "source"
         source.mkdir()
         gguf_file = source / package.MODEL_NAME

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from burnish.errors import ModelError, missing_extra
 from burnish.models.chat import Chat, make_chat
 from burnish.models.embedded import EMBEDDED, embedded_folder
+from burnish.models.quiet import quiet
 from burnish.recipe import ModelSection
 from burnish.run import hash_file, hash_of
 from burnish.types import Tell, silent
@@ -149,18 +145,3 @@ def _check_folder(path: Path) -> Path:
     except (OSError, ValueError, KeyError) as problem:
         raise ModelError(f"{config_file}: unknown kind of model: {str(problem)[:300]}") from problem
     return path
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers draws bars and advice of its own; ours are enough. Errors still come through."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

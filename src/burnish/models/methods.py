@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from burnish.errors import ModelError
-from burnish.models.load import quiet
+from burnish.models.quiet import quiet
 from burnish.recipe import Recipe
 from burnish.run import hash_file
 
 ADAPTER_MANIFEST = "burnish.json"
 
-# Peak learning rates that `auto` becomes. Measured for LoRA of rank 16 on all linear layers of Gemma 3 270M (docs/results.md).
+# Peak learning rates that `auto` becomes. 1e-3 suits LoRA of rank 16 on all linear layers of Gemma 3 270M on both golden recipes: the validation
+# loss fell at every validation (docs/results.md). It is not the outcome of a sweep.
 LEARNING_RATES = {"lora": 1e-3}
 
 

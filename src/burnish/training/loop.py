@@ -76,7 +76,7 @@ def run_loop(
     batch = settings.micro_batch_size * settings.gradient_accumulation_steps
     progress = Progress(planned_steps(len(train), settings))
     lengths = [len(sequence.input_ids) for sequence in train]
-    every = max(1, round(-(-len(train) // batch) / settings.validations_per_epoch))
+    per_epoch = -(-len(train) // batch)
     parameters = list(trainable_parameters(model).values())
     # float32 masters: an update of a thousandth of a bfloat16 weight would be rounded away.
     masters = [parameter.detach().float().clone() for parameter in parameters]
@@ -120,7 +120,8 @@ def run_loop(
             progress.planned_steps,
             f"loss {loss:.3f} · {progress.tokens / progress.seconds:.0f} tok/s · {left / 60:.1f} min left",
         )
-        if progress.step % every == 0 or progress.step == progress.planned_steps:
+        share = settings.validations_per_epoch / per_epoch
+        if int(progress.step * share + 1e-9) > int((progress.step - 1) * share + 1e-9) or progress.step == progress.planned_steps:
             _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
             if progress.stopped_early:
                 break
