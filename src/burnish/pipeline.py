@@ -42,6 +42,7 @@ from burnish.run import Run, hash_file, hash_of
 from burnish.tasks import Task, detect_task, find_metric, task_for
 from burnish.types import Dataset, Tell, silent
 
+EXAMPLES_AT_ONCE = 8  # what training.micro_batch_size: auto begins with
 DEMO = {
     "name": "demo",
     "model": "gemma-3-270m",
@@ -247,6 +248,8 @@ def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[st
         values["model.chat_template"] = chat.template_name
     if recipe.training.learning_rate == "auto":
         values["training.learning_rate"] = LEARNING_RATES[recipe.training.method]
+    if recipe.training.micro_batch_size == "auto":
+        values["training.micro_batch_size"] = EXAMPLES_AT_ONCE
     if recipe.evaluation.max_new_tokens == "auto":
         values["evaluation.max_new_tokens"] = int(1.25 * longest) + 8
     return values

@@ -52,7 +52,7 @@ class Hooks:
 
 def planned_steps(rows: int, settings: TrainingSection) -> int:
     """Optimizer steps that `epochs` gives (the last step of an epoch may be smaller), at most `max_steps`."""
-    per_epoch = -(-rows // (settings.micro_batch_size * settings.gradient_accumulation_steps))
+    per_epoch = -(-rows // (int(settings.micro_batch_size) * settings.gradient_accumulation_steps))
     steps = max(1, math.ceil(per_epoch * settings.epochs - 1e-9))
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
@@ -73,7 +73,7 @@ def run_loop(
     model: Any, train: Sequence[Tokens], validation: Sequence[Tokens], *, settings: TrainingSection, seed: int, hooks: Hooks
 ) -> Progress:
     """Train until the planned steps are done or validation stops getting better. `settings.learning_rate` must be a number by now."""
-    batch = settings.micro_batch_size * settings.gradient_accumulation_steps
+    batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
     progress = Progress(planned_steps(len(train), settings))
     lengths = [len(sequence.input_ids) for sequence in train]
     per_epoch = -(-len(train) // batch)
@@ -82,7 +82,7 @@ def run_loop(
     masters = [parameter.detach().float().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
     torch.manual_seed(seed)
-    at_once = settings.micro_batch_size if keeps_sequences_apart(model, train) else 1
+    at_once = int(settings.micro_batch_size) if keeps_sequences_apart(model, train) else 1
     if at_once != settings.micro_batch_size:
         hooks.tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
     _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
