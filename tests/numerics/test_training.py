@@ -63,7 +63,7 @@ def test_packed_blocked_loss_and_gradient_equal_the_naive_ones(
     family: str, tokenizer: Any, sequences: list[Tokens], monkeypatch: Any
 ) -> None:
     """Several sequences in one row, the head in small blocks: the same loss and gradient as each sequence alone with all its logits."""
-    monkeypatch.setattr("burnish.training.loss._BLOCK_LOGITS", 7 * len(tokenizer))
+    monkeypatch.setattr("burnish.training.loss._block_width", lambda _: 37)
     model = adapted(family, tokenizer, recipe())
     some = sequences[:6]
     packed = summed_loss(model, flatten(some))
@@ -123,7 +123,8 @@ def test_accumulation_1x8_equals_8x1(tokenizer: Any, sequences: list[Tokens]) ->
     assert len({len([x for x in t.labels if x != IGNORED]) for t in sequences}) > 1
     assert one == pytest.approx(eight, rel=1e-5)
     for name in weights_one:
-        torch.testing.assert_close(weights_one[name], weights_eight[name], rtol=1e-3, atol=1e-5)
+        # Which unlikely words the head leaves out depends on the rows that are computed together (2⁻²⁰ of a probability).
+        torch.testing.assert_close(weights_one[name], weights_eight[name], rtol=1e-3, atol=1e-4)
 
 
 def test_the_loop_equals_a_loop_written_out(tokenizer: Any, sequences: list[Tokens]) -> None:
