@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from burnish.errors import TrainingError
-from burnish.models import METHODS, Chat, load_model, trainable_parameters, verify_adapter, weights_hash
+from burnish.models import METHODS, Chat, load_base, quantizer_facts, trainable_parameters, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, append_line
 from burnish.training.checkpoint import save_adapter
@@ -25,7 +25,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     started = time.perf_counter()
     sequences, validation = tokenize_all(chat, dataset.train), tokenize_all(chat, dataset.validation)
     sources = [example.source for example in dataset.train for _ in chat.training_tokens(example)]
-    model = METHODS[recipe.training.method](load_model(recipe.model, tell), recipe)
+    model = METHODS[recipe.training.method](load_base(recipe, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
     before = _fingerprint(model)
     run.metrics_file.unlink(missing_ok=True)  # training starts at step 0: rows of a run that was cut off do not belong to it
@@ -50,9 +50,11 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     parameters = trainable_parameters(model)
     summary = {
         "method": recipe.training.method,
+        "layers": recipe.training.layers,
         "base_model": recipe.model.name,
         "base_sha256": base_sha256,
-        "adapter_sha256": manifest["files"]["adapter_model.safetensors"]["sha256"],
+        **quantizer_facts(model),
+        "adapter_sha256": trained_hash(manifest),
         "steps": progress.step,
         "planned_steps": progress.planned_steps,
         "skipped_steps": progress.skipped_steps,
