@@ -72,7 +72,9 @@ def main() -> None:
     )
     rows = datasets.Dataset.from_list([{"prompt": "w5", "chosen": "w6", "rejected": "w7"}])  # TRL wants some; the batch below is our own
     with tempfile.TemporaryDirectory() as folder:
-        settings = trl.DPOConfig(folder, beta=BETA, loss_type=["sigmoid"], report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False)
+        settings = trl.DPOConfig(
+            folder, beta=BETA, loss_type=["sigmoid"], report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False
+        )
         trainer = trl.DPOTrainer(base(), args=settings, train_dataset=rows, processing_class=tokenizer, peft_config=ADAPTER)
         move(trainer.model)
         trainer.model.eval()
