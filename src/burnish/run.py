@@ -6,9 +6,9 @@
     ├── run.json               versions, machine, and for each step: state, seconds, hash of what it read
     ├── events.jsonl           what happened, in order
     ├── lock                   held by the process that works here
-    ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json
+    ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json (replay.jsonl, where rows are replayed)
     ├── candidates/            selection.json, one predictions file per candidate
-    ├── training/              metrics.jsonl, summary.json
+    ├── training/              metrics.jsonl, summary.json (reference.json, where preferences are trained)
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
     ├── comparison.json        scores, intervals, verdict
     └── report.html report.json
@@ -91,6 +91,11 @@ class Run:
     @property
     def training_file(self) -> Path:
         return self.path / "training" / "summary.json"
+
+    @property
+    def reference_file(self) -> Path:
+        """What the model said of each preference pair before training."""
+        return self.path / "training" / "reference.json"
 
     @property
     def adapter_folder(self) -> Path:

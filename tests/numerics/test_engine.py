@@ -15,12 +15,17 @@ from burnish.models.attention import Segment
 from burnish.recipe import build_recipe
 from burnish.training import loss as loss_module
 from burnish.training.loss import summed_loss, token_losses
-from burnish.training.pack import flatten
+from burnish.training.pack import Paths, flatten
 from burnish.types import Tokens
 from conftest import build_tiny
 
 FAMILIES = ("llama", "gemma3")
-PATHS: dict[str, dict[str, Any]] = {"mask": {}, "segments": {"by_segment": True}, "shared": {"share": True}}
+PATHS = {
+    "mask": Paths(),
+    "full logits": Paths(blocked=False),
+    "segments": Paths(by_segment=True),
+    "shared": Paths(by_segment=True, share=True),
+}
 
 
 def branching(seed: int = 0) -> list[Tokens]:
@@ -65,7 +70,7 @@ def test_packed_equals_each_alone_for_every_weight(family: str, path: str, token
     model = build_tiny(family, tokenizer).requires_grad_(True)
     expected = gradients(model, lambda: sum((naive_loss(model, tokens) for tokens in branching()), torch.zeros(())))
     assert attend_by_segment(model)
-    batch = flatten(branching(), **PATHS[path])
+    batch = flatten(branching(), PATHS[path])
     found = gradients(model, lambda: summed_loss(model, batch))
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     close(found[1], expected[1])
@@ -73,7 +78,7 @@ def test_packed_equals_each_alone_for_every_weight(family: str, path: str, token
 
 def test_shared_beginnings_stand_once(tokenizer: Any) -> None:
     sequences = branching()
-    whole, shared = flatten(sequences, by_segment=True), flatten(sequences, share=True)
+    whole, shared = flatten(sequences, PATHS["segments"]), flatten(sequences, PATHS["shared"])
     assert whole.input_ids.shape[1] == sum(len(s.input_ids) for s in sequences)
     # By hand: 31 shared by five, 20 more by three of them; what is left of each stands alone.
     saved = 4 * 31 + 2 * 20
@@ -92,7 +97,7 @@ def test_shared_beginnings_stand_once(tokenizer: Any) -> None:
 
 def test_short_beginnings_are_not_shared() -> None:
     sequences = [Tokens([1, 5, 6, n], [IGNORED, IGNORED, 6, n]) for n in range(7, 11)]
-    batch = flatten(sequences, share=True)
+    batch = flatten(sequences, PATHS["shared"])
     assert batch.input_ids.shape[1] == 16
     assert batch.segments == tuple(Segment(4 * i, 4 * i + 4, 0) for i in range(4))
 
@@ -259,7 +264,7 @@ def test_everything_together_in_bfloat16(tokenizer: Any) -> None:
         if fast:
             fused.fuse(model)
             attend_by_segment(model)
-            batch = flatten(branching(), share=True)
+            batch = flatten(branching(), PATHS["shared"])
             value, found = gradients(model, lambda m=model, b=batch: token_losses(m, b).sum())
         else:
             value, found = gradients(model, lambda m=model: sum((naive_loss(m, t) for t in branching()), torch.zeros(())))

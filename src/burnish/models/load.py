@@ -208,7 +208,8 @@ def _gguf(folder: Path, *, wanted: bool = False) -> dict[str, str]:
     """{"gguf_file": NAME} where the folder's weights are a .gguf file (`wanted`: also where safetensors lie beside it), else {}."""
     if not wanted and any(folder.glob("*.safetensors")):
         return {}
-    return {"gguf_file": file.name for file in sorted(folder.glob("*.gguf"))[:1]}
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    return {"gguf_file": files[0]} if files else {}
 
 
 def _checked_gguf(path: Path) -> Path:

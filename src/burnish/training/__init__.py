@@ -14,19 +14,29 @@ from typing import Any
 from burnish.errors import TrainingError
 from burnish.models import METHODS, Chat, load_base, quantizer_facts, trainable_parameters, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
-from burnish.run import Run, append_line
+from burnish.run import Run, append_line, hash_of
 from burnish.training.checkpoint import save_adapter
-from burnish.training.loop import Hooks, peak_memory_bytes, run_loop
+from burnish.training.engine import make_ready
+from burnish.training.items import make_items, with_references
+from burnish.training.loop import Hooks, peak_memory_bytes, planned_steps, run_loop
+from burnish.training.mix import replayed_per_epoch
+from burnish.training.objective import make_objective
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
 def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = silent) -> dict[str, Any]:
     """Train and keep the best checkpoint. Returns the summary that is also written to training/summary.json."""
     started = time.perf_counter()
-    sequences, validation = tokenize_all(chat, dataset.train), tokenize_all(chat, dataset.validation)
-    sources = [example.source for example in dataset.train for _ in chat.training_tokens(example)]
+    objective = make_objective(recipe.training)
+    items = make_items(objective, chat, dataset)
     model = METHODS[recipe.training.method](load_base(recipe, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
+    some = [tokens for item in items.train[:100] for tokens in objective.sequences(item)]
+    objective.paths = make_ready(model, some, recipe, steps=planned_steps(len(items.train), recipe.training), tell=tell)
+    state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
+    items = with_references(
+        items, objective, model, cache=run.reference_file, state=state, at_once=int(recipe.training.micro_batch_size), tell=tell
+    )
     before = _fingerprint(model)
     run.metrics_file.unlink(missing_ok=True)  # training starts at step 0: rows of a run that was cut off do not belong to it
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
@@ -38,9 +48,19 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
         log=lambda row: append_line(run.metrics_file, row),
         keep_best=keep_best,
         tell=tell,
-        describe=lambda chosen: ", ".join(sources[i] for i in chosen[:8]),
+        describe=lambda chosen: ", ".join(items.sources[i] for i in chosen[:8]),
     )
-    progress = run_loop(model, sequences, validation, settings=recipe.training, seed=recipe.seed, hooks=hooks)
+    progress = run_loop(
+        model,
+        items.train,
+        items.validation,
+        settings=recipe.training,
+        seed=recipe.seed,
+        hooks=hooks,
+        objective=objective,
+        replay=items.replay,
+    )
+    replayed = replayed_per_epoch(len(items.train), len(items.replay), recipe.training.replay_fraction)
     if _fingerprint(model) == before:
         raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
     base_loss = progress.validation_losses[0][1] if progress.validation_losses else None
@@ -58,7 +78,11 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
         "steps": progress.step,
         "planned_steps": progress.planned_steps,
         "skipped_steps": progress.skipped_steps,
-        "epochs": round(progress.examples / len(sequences), 3),
+        "objective": recipe.training.objective,
+        "loss_unit": objective.unit,
+        "epochs": round(progress.examples / (len(items.train) + replayed), 3),
+        "replay_rows": len(dataset.replay),
+        "replayed_per_epoch": replayed,
         "examples": progress.examples,
         "seconds": round(time.perf_counter() - started, 2),
         "step_seconds": round(progress.seconds, 2),
@@ -69,6 +93,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
         "base_validation_loss": base_loss,
         "best_step": progress.best_step or progress.step,
         "best_validation_loss": progress.best_loss,
+        **{f"best_{name}": value for name, value in progress.best_figures.items()},
         "stopped_early": progress.stopped_early,
         "learning_rate": recipe.training.learning_rate,
         "trainable_parameters": sum(p.numel() for p in parameters.values()),

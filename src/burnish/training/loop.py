@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from burnish.errors import TrainingError
-from burnish.models import IGNORED, trainable_parameters
+from burnish.models import trainable_parameters
 from burnish.recipe import TrainingSection
-from burnish.training.loss import summed_loss
-from burnish.training.pack import epoch_order, flatten
-from burnish.types import Tell, Tokens, silent
+from burnish.training.mix import epoch_indices, replayed_per_epoch
+from burnish.training.objective import Objective, Supervised
+from burnish.training.pack import epoch_order
+from burnish.types import Tell, silent
 
 SKIPS_IN_A_ROW = 3
 
@@ -38,6 +39,7 @@ class Progress:
     skipped_steps: int = 0
     stopped_early: bool = False
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    best_figures: dict[str, float] = field(default_factory=dict)  # what the objective says beside its loss, at the best step
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +72,41 @@ def learning_rate_at(step: int, total: int, settings: TrainingSection) -> float:
 
 
 def run_loop(
-    model: Any, train: Sequence[Tokens], validation: Sequence[Tokens], *, settings: TrainingSection, seed: int, hooks: Hooks
+    model: Any,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    *,
+    settings: TrainingSection,
+    seed: int,
+    hooks: Hooks,
+    objective: Objective | None = None,
+    replay: Sequence[Any] = (),
 ) -> Progress:
     """Train until the planned steps are done or validation stops getting better. `settings.learning_rate` must be a number by now."""
+    objective = objective or Supervised()
     batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
-    progress = Progress(planned_steps(len(train), settings))
-    lengths = [len(sequence.input_ids) for sequence in train]
-    per_epoch = -(-len(train) // batch)
+    rows = len(train) + replayed_per_epoch(len(train), len(replay), settings.replay_fraction)
+    progress = Progress(planned_steps(rows, settings))
+    mixed = [*train, *replay]
+    lengths = [objective.length(item) for item in mixed]
+    per_epoch = -(-rows // batch)
     parameters = list(trainable_parameters(model).values())
     # float32 masters: an update of a thousandth of a bfloat16 weight would be rounded away.
     masters = [parameter.detach().float().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
     torch.manual_seed(seed)
-    at_once = int(settings.micro_batch_size) if keeps_sequences_apart(model, train) else 1
-    if at_once != settings.micro_batch_size:
-        hooks.tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
-    _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
+    at_once = int(settings.micro_batch_size) if objective.paths.packed else 1
+    _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once, objective=objective)
     skipped = 0
-    for indices in _steps(lengths, seed=seed, batch=batch, steps=progress.planned_steps):
+
+    def order(epoch: int) -> list[int]:
+        chosen = epoch_indices(len(train), len(replay), settings.replay_fraction, seed=seed, epoch=epoch)
+        return epoch_order(lengths, seed=seed, epoch=epoch, batch=batch, indices=chosen)
+
+    for indices in _steps(order, batch=batch, steps=progress.planned_steps):
         started = time.perf_counter()
-        sequences = [train[index] for index in indices]
-        loss, targets = _backward(model, sequences, at_once)
+        items = [mixed[index] for index in indices]
+        loss, targets = _backward(model, items, at_once, objective)
         norm = _gradient_norm(parameters)
         rate = learning_rate_at(progress.step, progress.planned_steps, settings)
         progress.step += 1
@@ -104,10 +120,12 @@ def run_loop(
         for parameter in parameters:
             parameter.grad = None
         progress.seconds += time.perf_counter() - started
-        progress.tokens += sum(len(sequence.input_ids) for sequence in sequences)
-        progress.target_tokens += targets
-        progress.examples += len(sequences)
-        hooks.log(_row(progress, len(train), loss=loss if finite else None, rate=rate, norm=norm if finite else None))
+        progress.tokens += sum(objective.length(item) for item in items)
+        progress.target_tokens += sum(tokens.target_tokens for item in items for tokens in objective.sequences(item))
+        progress.examples += len(items)
+        row = _row(progress, rows, loss=loss if finite else None, rate=rate, norm=norm if finite else None)
+        figures = {name: round(total / targets, 6) if finite else None for name, total in objective.figures().items()}
+        hooks.log(row | figures)
         if skipped >= SKIPS_IN_A_ROW:
             raise TrainingError(
                 f"diverged: the loss or gradient was not finite in {skipped} steps in a row, the last with {hooks.describe(indices)}. "
@@ -122,7 +140,7 @@ def run_loop(
         )
         share = settings.validations_per_epoch / per_epoch
         if int(progress.step * share + 1e-9) > int((progress.step - 1) * share + 1e-9) or progress.step == progress.planned_steps:
-            _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
+            _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once, objective=objective)
             if progress.stopped_early:
                 break
     if not validation:
@@ -130,34 +148,16 @@ def run_loop(
     return progress
 
 
-def mean_loss(model: Any, sequences: Sequence[Tokens], micro_batch_size: int, tell: Tell = silent) -> float:
-    """Mean nats per target token over all sequences, without gradients."""
-    total, targets = 0.0, 0
+def mean_loss(model: Any, items: Sequence[Any], micro_batch_size: int, tell: Tell = silent, objective: Objective | None = None) -> float:
+    """Mean nats per unit (target token, pair) over all items, without gradients."""
+    objective = objective or Supervised()
+    total = 0.0
     # Like lengths together; the order of a sum does not matter.
-    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
-    with torch.inference_mode():
-        for start in range(0, len(ordered), micro_batch_size):
-            batch = flatten(ordered[start : start + micro_batch_size]).to(model.device)
-            total += float(summed_loss(model, batch))
-            targets += len(batch.targets)
-            tell("validation loss", min(start + micro_batch_size, len(ordered)), len(ordered), "")
-    return total / targets
-
-
-def keeps_sequences_apart(model: Any, train: Sequence[Tokens]) -> bool:
-    """Whether a sequence's loss is the same whatever is packed before it: proved on this model, not assumed of its family."""
-    first, second = sorted(train, key=lambda tokens: len(tokens.input_ids))[:2] if len(train) > 1 else (train[0], train[0])
-    other = Tokens([first.input_ids[0]] * len(first.input_ids), first.labels)  # the same length, other words
-    only_second = Tokens(second.input_ids, second.labels)
-    losses = []
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for before in (first, other):
-            unscored = Tokens(before.input_ids, [IGNORED] * len(before.input_ids))
-            losses.append(float(summed_loss(model, flatten([unscored, only_second]).to(model.device))))
-    model.train(was_training)
-    return math.isclose(*losses, rel_tol=1e-4, abs_tol=1e-6)
+    ordered = sorted(items, key=objective.length)
+    for start in range(0, len(ordered), micro_batch_size):
+        total += objective.summed(model, ordered[start : start + micro_batch_size])
+        tell("validation loss", min(start + micro_batch_size, len(ordered)), len(ordered), "")
+    return total / objective.count(items)
 
 
 def peak_memory_bytes() -> int:
@@ -168,10 +168,10 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _steps(lengths: Sequence[int], *, seed: int, batch: int, steps: int) -> Iterator[list[int]]:
+def _steps(order_of: Callable[[int], list[int]], *, batch: int, steps: int) -> Iterator[list[int]]:
     done, epoch = 0, 0
     while True:
-        order = epoch_order(lengths, seed=seed, epoch=epoch, batch=batch)
+        order = order_of(epoch)
         for start in range(0, len(order), batch):
             if done == steps:
                 return
@@ -180,17 +180,12 @@ def _steps(lengths: Sequence[int], *, seed: int, batch: int, steps: int) -> Iter
         epoch += 1
 
 
-def _backward(model: Any, sequences: Sequence[Tokens], micro_batch_size: int) -> tuple[float, int]:
-    """Gradients of (sum of losses ÷ target tokens of the whole step). Returns (mean loss, target tokens)."""
+def _backward(model: Any, items: Sequence[Any], micro_batch_size: int, objective: Objective) -> tuple[float, int]:
+    """Gradients of (sum of losses ÷ units of the whole step). Returns (mean loss, units)."""
     model.train()
-    batches = [flatten(sequences[start : start + micro_batch_size]) for start in range(0, len(sequences), micro_batch_size)]
-    targets = sum(len(batch.targets) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = summed_loss(model, batch.to(model.device)) / targets
-        loss.backward()
-        total += float(loss.detach())
-    return total, targets
+    units = objective.count(items)
+    parts = [items[start : start + micro_batch_size] for start in range(0, len(items), micro_batch_size)]
+    return sum(objective.backward(model, part, units) for part in parts), units
 
 
 def _gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
@@ -217,21 +212,30 @@ def _update(
 
 
 def _validate(
-    model: Any, validation: Sequence[Tokens], progress: Progress, *, settings: TrainingSection, hooks: Hooks, at_once: int
+    model: Any,
+    validation: Sequence[Any],
+    progress: Progress,
+    *,
+    settings: TrainingSection,
+    hooks: Hooks,
+    at_once: int,
+    objective: Objective,
 ) -> None:
     if not validation:
         return
     started = time.perf_counter()
     model.eval()
-    loss = mean_loss(model, validation, at_once)
+    loss = mean_loss(model, validation, at_once, objective=objective)
+    figures = {f"validation_{name}": round(total / objective.count(validation), 6) for name, total in objective.figures().items()}
     if not math.isfinite(loss):
         raise TrainingError(f"diverged: the validation loss after step {progress.step} is not finite. Lower training.learning_rate")
     progress.validation_losses.append((progress.step, loss))
-    hooks.log({"step": progress.step, "validation_loss": round(loss, 6), "seconds": round(time.perf_counter() - started, 3)})
+    hooks.log({"step": progress.step, "validation_loss": round(loss, 6), "seconds": round(time.perf_counter() - started, 3), **figures})
     if progress.step == 0:
         return  # the base's own loss: where the curve begins, not a checkpoint
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.validations_without_gain = loss, progress.step, 0
+        progress.best_figures = figures
         hooks.keep_best(progress.step, loss)
         return
     progress.validations_without_gain += 1

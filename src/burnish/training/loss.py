@@ -23,35 +23,38 @@ _BLOCK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}
 _LEAST_PROBABILITY = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
 
 
-def token_losses(model: Any, batch: Batch, *, blocked: bool = True) -> Tensor:
+def token_losses(model: Any, batch: Batch) -> Tensor:
     """−log p of each target token, nats: (N,) float32 with a graph, in the order of `batch.targets`."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = causal.get_output_embeddings()
-    softcap, plain = _after_head(causal.config)
-    arguments = batch.model_arguments()
-    if blocked and plain and head is not None and head.bias is None and type(head) is torch.nn.Linear:
-        hidden = causal.base_model(**arguments).last_hidden_state[0]  # (T, D)
-        return _HeadLoss.apply(hidden[batch.predictors], head.weight, batch.targets, softcap)
-    logits = causal(**arguments, logits_to_keep=batch.predictors).logits[0]  # (N, V)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    if (head := plain_head(model, batch)) is None:
+        return F.cross_entropy(full_logits(model, batch), batch.targets, reduction="none")
+    return _HeadLoss.apply(target_rows(model, batch), head[0], batch.targets, head[1])
 
 
-def summed_loss(model: Any, batch: Batch, *, blocked: bool = True) -> Tensor:
+def summed_loss(model: Any, batch: Batch) -> Tensor:
     """Σ over target tokens of −log p(token), nats, a scalar with a graph. Divide by the number of targets of the whole step."""
-    return token_losses(model, batch, blocked=blocked).sum()
+    return token_losses(model, batch).sum()
 
 
-def hidden_and_head(model: Any, batch: Batch) -> tuple[Tensor, Tensor, float | None]:
-    """(N, D) last hidden states at the predictors, the head's (V, D) weight, the soft cap: what a loss over the whole vocabulary needs.
-
-    Raises NotImplementedError for heads that do more than multiply (a bias, scaled logits).
-    """
+def plain_head(model: Any, batch: Batch) -> tuple[Tensor, float | None] | None:
+    """(weight (V, D), soft cap of the logits) where logits are no more than that of the last hidden rows, and blocks are wanted; else None."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal.get_output_embeddings()
     softcap, plain = _after_head(causal.config)
-    if not plain or head is None or head.bias is not None or type(head) is not torch.nn.Linear:
-        raise NotImplementedError(f"{type(causal).__name__}: its head does more than a product")
-    return causal.base_model(**batch.model_arguments()).last_hidden_state[0][batch.predictors], head.weight, softcap
+    if batch.blocked and plain and head is not None and head.bias is None and type(head) is torch.nn.Linear:
+        return head.weight, softcap
+    return None
+
+
+def target_rows(model: Any, batch: Batch) -> Tensor:
+    """(N, D) last hidden rows of the places whose next token is a target."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal.base_model(**batch.model_arguments()).last_hidden_state[0][batch.predictors]
+
+
+def full_logits(model: Any, batch: Batch) -> Tensor:
+    """(N, V) float32, for heads that are more than one product."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal(**batch.model_arguments(), logits_to_keep=batch.predictors).logits[0].float()
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -27,6 +27,16 @@ from burnish.types import Tokens
 _LEAST_SHARED = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """How sequences become a batch and how it is computed: `engine` in a recipe, as far as the model takes it. All give the same loss."""
+
+    by_segment: bool = False  # attention follows segments: models.attend_by_segment must have said yes
+    share: bool = False  # common beginnings are computed once; needs by_segment
+    blocked: bool = True  # the head in blocks of the vocabulary
+    packed: bool = True  # False: the model lets packed sequences see each other, so each is computed alone
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences joined in one row.
@@ -45,6 +55,7 @@ class Batch:
     targets: Tensor
     owners: Tensor
     segments: tuple[Segment, ...] | None = None
+    blocked: bool = True
 
     def to(self, device: torch.device | str) -> Batch:
         names = ("input_ids", "position_ids", "predictors", "targets", "owners")
@@ -63,14 +74,11 @@ class Batch:
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
 
 
-def flatten(sequences: Sequence[Tokens], *, by_segment: bool = False, share: bool = False) -> Batch:
-    """Join sequences into one batch. A label belongs to the place before it; the first token of a sequence is never a target.
-
-    `by_segment`: attention follows segments (models.attention must be switched on); `share`: common beginnings are computed once.
-    """
+def flatten(sequences: Sequence[Tokens], paths: Paths = Paths()) -> Batch:
+    """Join sequences into one batch. A label belongs to the place before it; the first token of a sequence is never a target."""
     row = _Row([], [], [])
     places: list[list[int]] = [[] for _ in sequences]  # of each sequence's tokens in the row
-    if share:
+    if paths.by_segment and paths.share:
         order = sorted(range(len(sequences)), key=lambda index: sequences[index].input_ids)
         _branch(sequences, order, 0, (), row, places)
     else:
@@ -86,9 +94,11 @@ def flatten(sequences: Sequence[Tokens], *, by_segment: bool = False, share: boo
                 predictors.append(mine[place])
                 targets.append(label)
                 owners.append(index)
-    segments = tuple(row.segments) if by_segment or share else None
     tensor = torch.tensor
-    return Batch(tensor([row.ids]), tensor([row.positions]), tensor(predictors), tensor(targets), tensor(owners), segments)
+    return Batch(
+        tensor([row.ids]), tensor([row.positions]), tensor(predictors), tensor(targets), tensor(owners),
+        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -145,13 +155,15 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int, buckets: bool = True) -> list[int]:
-    """Indices 0..n−1, shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again. Without `buckets`, only shuffled.
+def epoch_order(
+    lengths: Sequence[int], *, seed: int, epoch: int, batch: int, indices: Sequence[int] | None = None, buckets: bool = True
+) -> list[int]:
+    """Indices 0..n−1 (or those given), shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again. Without `buckets`, only shuffled.
 
     Batches of like length waste little attention; windows keep the order random enough that the loss curve does not follow length.
     """
     shuffle = random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big"))
-    order = list(range(len(lengths)))
+    order = list(range(len(lengths)) if indices is None else indices)
     shuffle.shuffle(order)
     if not buckets:
         return order
