@@ -50,14 +50,16 @@ def flatten(sequences: Sequence[Tokens]) -> Batch:
     return Batch(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(predictors), torch.tensor(targets))
 
 
-def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int) -> list[int]:
-    """Indices 0..n−1, shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again.
+def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int, buckets: bool = True) -> list[int]:
+    """Indices 0..n−1, shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again (not without `buckets`).
 
     Batches of like length waste little attention; windows keep the order random enough that the loss curve does not follow length.
     """
     shuffle = random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big"))
     order = list(range(len(lengths)))
     shuffle.shuffle(order)
+    if not buckets:
+        return order
     batches: list[list[int]] = []
     for start in range(0, len(order), 16 * batch):
         window = sorted(order[start : start + 16 * batch], key=lambda index: lengths[index])
