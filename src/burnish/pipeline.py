@@ -208,8 +208,8 @@ def dataset_of(job: Run) -> Dataset:
     if changed:
         names = ", ".join(str(job.split_file(split)) for split in changed)
         raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
-    parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in manifest["splits"]}
-    return Dataset(parts["train"], parts["validation"], parts["test"], manifest, parts.get(REPLAY, ()))
+    parts = {split: data_room.read_split(job.split_file(split)) for split in manifest["splits"]}
+    return Dataset(parts["train"], tuple(parts["validation"]), tuple(parts["test"]), manifest, parts.get(REPLAY, ()))
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:
