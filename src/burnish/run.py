@@ -104,6 +104,11 @@ class Run:
         return self.path / "training" / "tokens"
 
     @property
+    def frozen_folder(self) -> Path:
+        """What frozen lower layers make of the rows, while training."""
+        return self.path / "training" / "frozen"
+
+    @property
     def checkpoints_folder(self) -> Path:
         return self.path / "checkpoints"
 

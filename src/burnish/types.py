@@ -88,6 +88,9 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int]
+    number: int | None = field(
+        default=None, compare=False
+    )  # of its first token among all tokens of a training, where they are kept on disk
 
     @property
     def target_tokens(self) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from burnish.errors import BurnishError, Stopped, TrainingError
@@ -23,6 +24,7 @@ from burnish.training import distributed
 from burnish.training.checkpoint import Checkpoints, State, publish, save_adapter, weights_digest
 from burnish.training.engine import make_ready
 from burnish.training.fingerprint import fingerprint_of
+from burnish.training.frozen import FrozenCache, make_cache
 from burnish.training.interrupt import asked_to_stop
 from burnish.training.items import Items, make_items, with_references
 from burnish.training.loop import run_loop
@@ -56,13 +58,16 @@ def train(
     distributed.join()
     objective = make_objective(recipe.training)
     here = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": distributed.local_device(recipe.model.device)})})
-    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=_tokens_key(recipe, dataset, chat), tell=tell)
+    tokens_key = _tokens_key(recipe, dataset, chat)
+    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=tokens_key, tell=tell)
     rows = len(items.train) + replayed_per_epoch(len(items.train), len(items.replay), recipe.training.replay_fraction)
     model = METHODS[recipe.training.method](load_base(here, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
     some = [tokens for index in range(min(100, len(items.train))) for tokens in objective.sequences(items.train[index])]
     objective.paths = make_ready(model, some, recipe, steps=planned_steps(rows, recipe.training), tell=tell)
+    cache = _frozen_cache(run, model, objective, items, recipe, key=hash_of(base_sha256, tokens_key), tell=tell)
+    objective.paths = replace(objective.paths, cache=cache)
     plan = _plan(model, objective, items, recipe, tell)
     state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
@@ -114,6 +119,9 @@ def train(
         "gradient_checkpointing": plan.checkpointing,
         "kept_bytes_per_token": plan.kept_bytes_per_token,
     }
+    if cache is not None:
+        summary["frozen_layers_cached"] = cache.depth
+        cache.close()
     run.write_json(run.training_file, summary)
     return summary
 
@@ -172,6 +180,18 @@ def _plan(model: Any, objective: Objective, items: Items, recipe: Recipe, tell: 
     return plan_memory(
         model, sequences, objective.paths, most=most, per_example=len(sequences) // len(longest), checkpointing=recipe.engine.gradient_checkpointing, tell=tell
     )  # fmt: skip
+
+
+def _frozen_cache(run: Run, model: Any, objective: Objective, items: Items, recipe: Recipe, *, key: str, tell: Tell) -> FrozenCache | None:
+    """On one process only: several would write into one file."""
+    if not objective.tokens_only or not objective.paths.packed or distributed.size() > 1:
+        return None
+    settings = recipe.training
+    lengths = items.lengths(objective)
+    steps = planned_steps(len(lengths), settings)
+    passes = steps * int(settings.micro_batch_size) * settings.gradient_accumulation_steps / len(lengths)
+    counted = [*lengths, *(objective.length(item) for item in items.validation)]
+    return make_cache(model, counted, recipe, run.frozen_folder, passes=passes, key=key, tell=tell)
 
 
 def _order(objective: Objective, items: Items, recipe: Recipe) -> Callable[[int], Sequence[int]]:
