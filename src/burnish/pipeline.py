@@ -29,11 +29,13 @@ from burnish.evaluation import CANDIDATES
 from burnish.models import (
     LEARNING_RATES,
     Chat,
+    base_state,
     context_window,
     load_chat,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
+    trained_hash,
     verify_adapter,
     weights_hash,
 )
@@ -125,14 +127,11 @@ def evaluate(
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
-    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), weights_hash(recipe.model.name), _tokens_state(recipe), adapter)
+    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), base_state(recipe), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
     if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
         return
-    if (
-        trained
-        and adapter != verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))["files"]["adapter_model.safetensors"]["sha256"]
-    ):
+    if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))):
         raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
         evaluation.evaluate(
@@ -146,7 +145,7 @@ def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None,
     parts = recipe.to_dict()
     settings = {key: parts[key] for key in ("seed", "model", "lora", "training")}
     read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
-    inputs = hash_of(settings, _splits(dataset, read), weights_hash(recipe.model.name), _tokens_state(recipe))
+    inputs = hash_of(settings, _splits(dataset, read), base_state(recipe), _tokens_state(recipe))
     if job.step_done("train", inputs) and job.adapter_folder.exists():
         return dict(job.read_json(job.training_file))
     with job.step("train", inputs):

@@ -15,6 +15,7 @@ from make_dpo_golden import BETA, GOLDEN, PAIRS, base, policy
 from burnish.data.formats import make_example
 from burnish.errors import DataError, TrainingError
 from burnish.models import IGNORED, Chat, trainable_parameters
+from burnish.training.pack import Paths
 from burnish.training.preference import Pair, Preference, answer_gaps, make_pair, with_reference
 from burnish.types import Tokens
 from conftest import COLOURS, build_tiny, with_adapter
@@ -139,7 +140,7 @@ def test_pairs_computed_apart_are_the_same(tokenizer: Any, chat: Chat, tmp_path:
     model = with_adapter("llama", tokenizer)
     pairs = referenced(model, pair_rows(chat), tmp_path)
     together, apart = Preference(0.5), Preference(0.5)
-    apart.packed = False
+    apart.paths = Paths(packed=False)
     losses, gradients = [], []
     for objective in (together, apart):
         losses.append(objective.backward(model, pairs, len(pairs)))

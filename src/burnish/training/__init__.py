@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from burnish.errors import TrainingError
-from burnish.models import METHODS, Chat, load_model, trainable_parameters, verify_adapter, weights_hash
+from burnish.models import METHODS, Chat, load_base, quantizer_facts, trainable_parameters, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, append_line, hash_of
 from burnish.training.checkpoint import save_adapter
+from burnish.training.engine import make_ready
 from burnish.training.items import make_items, with_references
-from burnish.training.loop import Hooks, keeps_sequences_apart, peak_memory_bytes, run_loop
+from burnish.training.loop import Hooks, peak_memory_bytes, planned_steps, run_loop
 from burnish.training.mix import replayed_per_epoch
 from burnish.training.objective import make_objective
-from burnish.training.preference import Preference
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
@@ -29,10 +29,10 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     started = time.perf_counter()
     objective = make_objective(recipe.training)
     items = make_items(objective, chat, dataset)
-    model = METHODS[recipe.training.method](load_model(recipe.model, tell), recipe)
+    model = METHODS[recipe.training.method](load_base(recipe, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
-    if isinstance(objective, Preference):
-        objective.packed = keeps_sequences_apart(model, [t for item in items.train for t in objective.sequences(item)])
+    some = [tokens for item in items.train[:100] for tokens in objective.sequences(item)]
+    objective.paths = make_ready(model, some, recipe, steps=planned_steps(len(items.train), recipe.training), tell=tell)
     state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
     items = with_references(
         items, objective, model, cache=run.reference_file, state=state, at_once=int(recipe.training.micro_batch_size), tell=tell
@@ -70,9 +70,11 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     parameters = trainable_parameters(model)
     summary = {
         "method": recipe.training.method,
+        "layers": recipe.training.layers,
         "base_model": recipe.model.name,
         "base_sha256": base_sha256,
-        "adapter_sha256": manifest["files"]["adapter_model.safetensors"]["sha256"],
+        **quantizer_facts(model),
+        "adapter_sha256": trained_hash(manifest),
         "steps": progress.step,
         "planned_steps": progress.planned_steps,
         "skipped_steps": progress.skipped_steps,

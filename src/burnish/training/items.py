@@ -37,5 +37,5 @@ def with_references(items: Items, objective: Objective, model: Any, *, cache: Pa
     if not isinstance(objective, Preference):
         return items
     pairs = [*items.train, *items.validation]
-    known = with_reference(model, pairs, cache=cache, state=state, at_once=at_once, packed=objective.packed, tell=tell)
+    known = with_reference(model, pairs, cache=cache, state=state, at_once=at_once, paths=objective.paths, tell=tell)
     return replace(items, train=known[: len(items.train)], validation=known[len(items.train) :])

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from burnish.errors import TrainingError
-from burnish.models import IGNORED, trainable_parameters
+from burnish.models import trainable_parameters
 from burnish.recipe import TrainingSection
-from burnish.training.loss import summed_loss
 from burnish.training.mix import epoch_indices, replayed_per_epoch
 from burnish.training.objective import Objective, Supervised
-from burnish.training.pack import epoch_order, flatten
-from burnish.types import Tell, Tokens, silent
+from burnish.training.pack import epoch_order
+from burnish.types import Tell, silent
 
 SKIPS_IN_A_ROW = 3
 
@@ -96,11 +95,7 @@ def run_loop(
     masters = [parameter.detach().float().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
     torch.manual_seed(seed)
-    at_once = (
-        int(settings.micro_batch_size) if keeps_sequences_apart(model, [t for item in train for t in objective.sequences(item)]) else 1
-    )
-    if at_once != settings.micro_batch_size:
-        hooks.tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
+    at_once = int(settings.micro_batch_size) if objective.paths.packed else 1
     _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once, objective=objective)
     skipped = 0
 
@@ -163,22 +158,6 @@ def mean_loss(model: Any, items: Sequence[Any], micro_batch_size: int, tell: Tel
         total += objective.summed(model, ordered[start : start + micro_batch_size])
         tell("validation loss", min(start + micro_batch_size, len(ordered)), len(ordered), "")
     return total / objective.count(items)
-
-
-def keeps_sequences_apart(model: Any, train: Sequence[Tokens]) -> bool:
-    """Whether a sequence's loss is the same whatever is packed before it: proved on this model, not assumed of its family."""
-    first, second = sorted(train, key=lambda tokens: len(tokens.input_ids))[:2] if len(train) > 1 else (train[0], train[0])
-    other = Tokens([first.input_ids[0]] * len(first.input_ids), first.labels)  # the same length, other words
-    only_second = Tokens(second.input_ids, second.labels)
-    losses = []
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for before in (first, other):
-            unscored = Tokens(before.input_ids, [IGNORED] * len(before.input_ids))
-            losses.append(float(summed_loss(model, flatten([unscored, only_second]).to(model.device))))
-    model.train(was_training)
-    return math.isclose(*losses, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def peak_memory_bytes() -> int:
