@@ -139,17 +139,40 @@ def evaluate(
         )
 
 
-def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, tell: Tell = silent) -> dict[str, Any]:
-    """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary."""
+def train(
+    job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, allow_change: Sequence[str] = (), tell: Tell = silent
+) -> dict[str, Any]:
+    """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary. A training that was cut off goes on.
+
+    `allow_change`: conditions (recipe keys, `versions`) that may differ from those under which it began.
+    """
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     parts = recipe.to_dict()
-    settings = {key: parts[key] for key in ("seed", "model", "lora", "training")}
+    settings = {key: parts[key] for key in ("seed", "model", "lora", "training", "engine")}
     read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
     inputs = hash_of(settings, _splits(dataset, read), base_state(recipe), _tokens_state(recipe))
     if job.step_done("train", inputs) and job.adapter_folder.exists():
+        training.dismiss()
+        training.forget_checkpoints(job)
         return dict(job.read_json(job.training_file))
-    with job.step("train", inputs):
-        return training.train(job, dataset, recipe, chat or load_chat(recipe.model, tell), tell)
+    if job.status()["steps"].get("train", {}).get("state") == "done":
+        training.forget_checkpoints(job)  # of a training that is over
+    with job.step("train", inputs) as entry:
+
+        def note(**values: Any) -> None:
+            job.amend("train", entry, **values)
+
+        summary = training.train(job, dataset, recipe, chat or load_chat(recipe.model, tell), tell, allow_change=allow_change, note=note)
+    training.forget_checkpoints(job)
+    return summary
+
+
+def assist(folder: str | Path) -> None:
+    """A process beside the one that trains (RANK > 0): it computes its part of each step, and reads the run only."""
+    if training.assist():
+        job = Run.open(folder)
+        recipe = job.recipe()
+        training.train(job, dataset_of(job), recipe, load_chat(recipe.model))
 
 
 def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
@@ -185,8 +208,8 @@ def dataset_of(job: Run) -> Dataset:
     if changed:
         names = ", ".join(str(job.split_file(split)) for split in changed)
         raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
-    parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in manifest["splits"]}
-    return Dataset(parts["train"], parts["validation"], parts["test"], manifest, parts.get(REPLAY, ()))
+    parts = {split: data_room.read_split(job.split_file(split)) for split in manifest["splits"]}
+    return Dataset(parts["train"], tuple(parts["validation"]), tuple(parts["test"]), manifest, parts.get(REPLAY, ()))
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:

@@ -16,10 +16,10 @@ from burnish.errors import TrainingError
 from burnish.models import IGNORED, METHODS, Chat, trainable_parameters
 from burnish.recipe import Recipe, build_recipe
 from burnish.training import engine as engine_module
-from burnish.training import objective as objective_module
 from burnish.training import tokenize_all
 from burnish.training.loop import Hooks, Progress, learning_rate_at, mean_loss, planned_steps, run_loop
 from burnish.training.loss import summed_loss
+from burnish.training.objective import Supervised
 from burnish.training.pack import Paths, epoch_order, flatten
 from burnish.types import Tokens
 from conftest import build_tiny, colour_rows
@@ -170,25 +170,27 @@ def test_mean_loss_is_per_target_token(tokenizer: Any, sequences: list[Tokens]) 
     assert mean_loss(model, sequences, 5) == pytest.approx(expected, rel=1e-5)
 
 
-def test_non_finite_steps_are_skipped_then_refused(tokenizer: Any, sequences: list[Tokens], monkeypatch: Any) -> None:
+class Poisoned(Supervised):
+    """From the given step's gradient on, the loss is NaN."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def backward(self, model: Any, items: Any, denominator: int) -> float:
+        self.left -= 1
+        return super().backward(model, items, denominator) if self.left >= 0 else math.nan
+
+
+def test_non_finite_steps_are_skipped_then_refused(tokenizer: Any, sequences: list[Tokens]) -> None:
     settings = recipe(epochs=4)
     model = adapted("llama", tokenizer, settings, started=False)
     rows: list[dict[str, Any]] = []
-    real = objective_module.summed_loss
-    calls = {"n": 0}
-
-    def poisoned(model: Any, batch: Any) -> torch.Tensor:
-        calls["n"] += 1
-        loss = real(model, batch)
-        return loss * float("nan") if torch.is_grad_enabled() and calls["n"] > 6 else loss
-
-    monkeypatch.setattr(objective_module, "summed_loss", poisoned)
+    hooks = Hooks(log=rows.append, keep_best=lambda *_: None)
     with pytest.raises(TrainingError, match="diverged"):
-        run_loop(
-            model, sequences, sequences[:2], settings=settings.training, seed=0, hooks=Hooks(log=rows.append, keep_best=lambda *_: None)
-        )
+        run_loop(model, sequences, sequences[:2], objective=Poisoned(6), settings=settings.training, seed=0, hooks=hooks)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] is None, "a loss that is not finite is logged as null, never as 0"
+    assert losses.count(None) == 3
     assert 0.0 not in losses
     assert all(torch.isfinite(p).all() for p in trainable_parameters(model).values())
 

@@ -19,6 +19,7 @@ from burnish.data import home_assistant
 from burnish.data.check import Checked, FindControl, Tokenize, check_examples, statistics, token_lengths
 from burnish.data.formats import FORMATS, make_example, recognise, to_examples
 from burnish.data.read import parse_json, read_rows
+from burnish.data.rows import Rows
 from burnish.data.split import find_overlap, split_by_group, take
 from burnish.errors import DataError, Problem
 from burnish.recipe import DataSection, Recipe
@@ -130,11 +131,11 @@ def row_to_example(row: Mapping[str, Any]) -> Example:
     return Example(row["id"], tuple(row["messages"]), row["group"], row["source"], row.get("metadata", {}), row.get("rejected"))
 
 
-def read_split(path: Path) -> list[Example]:
-    """A split as `prepare` wrote it."""
+def read_split(path: Path) -> Rows:
+    """A split as `prepare` wrote it; a row is read when it is asked for."""
     if not path.exists():
         raise DataError(f"{path} is not there yet: run `burnish prepare` first")
-    return [row_to_example(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return Rows(path, row_to_example)
 
 
 def _read_split(loaded: Loaded, split: str, data: DataSection, name: str) -> None:

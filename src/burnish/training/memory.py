@@ -38,38 +38,35 @@ class Plan:
 
 
 def plan_memory(
-    model: Any, sequences: Sequence[Tokens], paths: Paths, *, asked: int | None, most: int, checkpointing: bool | str, tell: Tell = silent,
+    model: Any, sequences: Sequence[Tokens], paths: Paths, *, most: int, per_example: int = 1, checkpointing: bool | str = "auto", tell: Tell = silent,
     free_bytes: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Decide checkpointing and the examples computed at once. `asked`: a number from the recipe (kept as it is); `most`: the examples of a step.
+    """Decide checkpointing and the examples computed at once, at most `most`.
 
-    `sequences`: those that one example of the training may need at most, the longest first.
+    `sequences`: those of the training's longest examples, the longest first; an example is `per_example` of them.
     """
     free = free_bytes_of(model.device) if free_bytes is None else free_bytes
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * _TRAINED_BYTES
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
-    if checkpointing is True:
-        switch_checkpointing(model)
-    kept = kept_bytes_per_token(model, sequences[0], paths)
+    lengths = [len(tokens.input_ids) for tokens in sequences]
+    plain = kept = kept_bytes_per_token(model, sequences[0], paths)
+    on = checkpointing is True and switch_checkpointing(model)
+    if on:
+        kept = kept_bytes_per_token(model, sequences[0], paths)
 
-    def needed(at_once: int, per_token: float, plain: float) -> int:
-        tokens = sum(len(sequences[index % len(sequences)].input_ids) for index in range(at_once))
-        return int(trained + _HEAD_BYTES + tokens * (per_token + _TRANSIENT_LAYERS * plain / layers))
+    def needed(at_once: int) -> int:
+        return int(trained + _HEAD_BYTES + sum(lengths[: at_once * per_example]) * (kept + _TRANSIENT_LAYERS * plain / layers))
 
-    at_once, plain, on = asked or most, kept, checkpointing is True
-    if not on and checkpointing == "auto" and needed(at_once, kept, plain) > _SHARE_OF_FREE * free and switch_checkpointing(model):
+    at_once, room = most, int(_SHARE_OF_FREE * free)
+    if needed(at_once) > room and checkpointing == "auto" and switch_checkpointing(model):
+        told = f"{needed(at_once) / 1e9:.1f} GB would be needed, {free / 1e9:.1f} GB are free: layers are computed again on the way back"
+        tell("memory", 0, 0, told)
         on, kept = True, kept_bytes_per_token(model, sequences[0], paths)
-        tell(
-            "memory",
-            0,
-            0,
-            f"{needed(at_once, plain, plain) / 1e9:.1f} GB would be needed, {free / 1e9:.1f} GB are free: layers are computed again on the way back",
-        )
-    while asked is None and at_once > 1 and needed(at_once, kept, plain) > _SHARE_OF_FREE * free:
+    while at_once > 1 and needed(at_once) > room:
         at_once = (at_once + 1) // 2
-    if asked is None and at_once < most:
-        tell("memory", 0, 0, f"{at_once} examples at once instead of {most}; a step still counts {most}")
-    return Plan(at_once, on, round(kept, 1), needed(at_once, kept, plain), free)
+    if at_once < most:
+        tell("memory", 0, 0, f"{at_once} examples at once instead of {most}, as memory asks for; a step stays what it is")
+    return Plan(at_once, on, round(kept, 1), needed(at_once), free)
 
 
 def kept_bytes_per_token(model: Any, tokens: Tokens, paths: Paths) -> float:

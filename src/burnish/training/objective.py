@@ -24,6 +24,7 @@ class Objective(Protocol):
 
     unit: str  # what a loss is divided by: "target token", "pair"
     paths: Paths  # how its sequences are computed
+    tokens_only: bool  # items are Tokens, nothing beside them
 
     def items(self, chat: Chat, example: Example) -> list[Any]:
         """What a row is trained as."""
@@ -52,6 +53,7 @@ class Supervised:
 
     unit = "target token"
     paths = Paths()
+    tokens_only = True
 
     def items(self, chat: Chat, example: Example) -> list[Tokens]:
         return chat.training_tokens(example)
@@ -87,7 +89,7 @@ class KeepClose:
 
     def __init__(self, inner: Objective, kl_weight: float) -> None:
         self.inner, self.kl_weight = inner, kl_weight
-        self.unit = inner.unit
+        self.unit, self.tokens_only = inner.unit, inner.tokens_only
         self.items, self.sequences, self.length = inner.items, inner.sequences, inner.length
         self.count, self.summed = inner.count, inner.summed
         self._kl: float | None = None

@@ -39,6 +39,7 @@ class Preference:
     """−log σ(margin) of pairs, nats. A pair's two conversations are computed in one row: they share their prompt."""
 
     unit = "pair"
+    tokens_only = False
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
