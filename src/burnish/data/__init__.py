@@ -8,7 +8,6 @@ invariant   no row is lost or changed without being counted; no prompt stands in
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -112,7 +112,7 @@ def train(
     summary = _summary(recipe, progress, model, manifest, rows=rows, seconds=seconds)
     summary |= {
         "loss_unit": objective.unit,
-        "replay_rows": len(items.replay),
+        "replay_rows": len(dataset.replay),
         "replayed_per_epoch": rows - len(items.train),
         "gradient_checkpointing": plan.checkpointing,
         "kept_bytes_per_token": plan.kept_bytes_per_token,
