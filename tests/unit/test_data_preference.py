@@ -244,3 +244,12 @@ def test_embedded_rows_may_be_replayed(write_rows: Callable[..., Path]) -> None:
     _, rows = loaded(write_rows(colour_rows(120)), training={"replay_data": "demo:home-assistant/en"})
     assert len(rows.splits[data.REPLAY]) == 3000
     assert rows.attribution
+
+
+def test_the_rows_of_the_guide_are_pairs() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    lines = guide.partition("```jsonl\n")[2].partition("```")[0].splitlines()
+    rows = [Row(f"guide:{number}", json.loads(line)) for number, line in enumerate(lines, 1)]
+    assert recognise(rows, SECTION, "guide") == "preference"
+    examples, problems = to_examples(rows, "preference", SECTION)
+    assert (len(examples), problems) == (3, [])
