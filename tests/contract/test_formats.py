@@ -17,6 +17,7 @@ ROWS = {
     "alpaca": {"instruction": "q", "input": "", "output": "a"},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     "columns": {"ask": "q", "say": "a"},
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
 }
 
 

@@ -7,6 +7,7 @@ invariant   no row is lost or changed without being counted; no prompt stands in
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,8 @@ def _replay_apart(
 ) -> tuple[list[Example], list[tuple[Example, str]]]:
     """Replayed rows give way to validation and test rows like training rows, and to training rows that are the same."""
     known = {example.id for example in drawn["train"]}
-    overlap = find_overlap(replay, [*drawn["test"], *drawn["validation"]], ngram)
+    # Without system prompts: the task's rows may have got one from the recipe, and general rows have their own or none.
+    overlap = find_overlap(*([_without_system(e) for e in part] for part in (replay, [*drawn["test"], *drawn["validation"]])), ngram)
     removed = [(e, f"replay overlap with test or validation: {overlap[e.id]}") for e in replay if e.id in overlap]
     removed += [(e, "replay row that is a training row") for e in replay if e.id in known and e.id not in overlap]
     gone = {example.id for example, _ in removed}
@@ -190,6 +192,10 @@ def _replay_apart(
             "Name general rows that are not the task's own"
         )
     return kept, removed
+
+
+def _without_system(example: Example) -> Example:
+    return dataclasses.replace(example, messages=tuple(m for m in example.messages if m["role"] != "system"))
 
 
 def _load_demo(data: DataSection, seed: int) -> Loaded:

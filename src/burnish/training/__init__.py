@@ -69,7 +69,8 @@ def train(
     cache = _frozen_cache(run, model, objective, items, recipe, key=hash_of(base_sha256, tokens_key), tell=tell)
     objective.paths = replace(objective.paths, cache=cache)
     plan = _plan(model, objective, items, recipe, tell)
-    state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
+    # Where training starts is part of what the reference is: a fresh adapter, or what the stage before made.
+    state = hash_of(base_sha256, recipe.model.dtype, weights_digest(list(trainable_parameters(model).values())))
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
     fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size())
     writes = distributed.rank() == 0
@@ -115,6 +116,8 @@ def train(
     seconds = before + progress.elapsed + time.monotonic() - proved_from
     summary = _summary(recipe, progress, model, manifest, rows=rows, seconds=seconds)
     summary |= {
+        "loss_unit": objective.unit,
+        "replay_rows": len(dataset.replay),
         "replayed_per_epoch": rows - len(items.train),
         "gradient_checkpointing": plan.checkpointing,
         "kept_bytes_per_token": plan.kept_bytes_per_token,
@@ -261,6 +264,7 @@ def _summary(recipe: Recipe, progress: Progress, model: Any, manifest: dict[str,
         "base_validation_loss": progress.validation_losses[0][1] if progress.validation_losses else None,
         "best_step": progress.best_step or progress.step,
         "best_validation_loss": progress.best_loss,
+        **{f"best_{name}": value for name, value in progress.best_figures.items()},
         "stopped_early": progress.stopped_early,
         "learning_rate": recipe.training.learning_rate,
         "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),

@@ -89,10 +89,18 @@ class KeepClose:
 
     def __init__(self, inner: Objective, kl_weight: float) -> None:
         self.inner, self.kl_weight = inner, kl_weight
-        self.unit, self.paths, self.tokens_only = inner.unit, inner.paths, inner.tokens_only
+        self.unit, self.tokens_only = inner.unit, inner.tokens_only
         self.items, self.sequences, self.length = inner.items, inner.sequences, inner.length
         self.count, self.summed = inner.count, inner.summed
         self._kl: float | None = None
+
+    @property
+    def paths(self) -> Paths:
+        return self.inner.paths
+
+    @paths.setter
+    def paths(self, paths: Paths) -> None:
+        self.inner.paths = paths  # it measures with them, too
 
     def backward(self, model: Any, items: Sequence[Any], denominator: int) -> float:
         batch = flatten([tokens for item in items for tokens in self.sequences(item)], self.paths).to(model.device)
