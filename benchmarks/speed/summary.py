@@ -95,6 +95,7 @@ def result_line(cases: Mapping[str, Mapping[str, Mapping[str, Any]]], runs: Runs
         "ratio_plain_fp32": plain.get("plain-all-fp32", {}).get("burnish_is_faster"),
         "prefix_examples_per_second": prefix.get(BURNISH, {}).get("examples_per_second"),
         "prefix_startup_seconds": prefix.get(BURNISH, {}).get("first_step_done_seconds"),
+        "problems": [f"{case} {name}: {row['problem']}" for case, rows in cases.items() for name, row in rows.items() if row["problem"]],
         "reference_against_full_logits": plain.get("plain-all-fp32", {}).get("max_loss_difference"),
     }
     return result | more
