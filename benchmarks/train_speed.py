@@ -25,8 +25,9 @@ from speed.launch import Order, Outcome, environment, run
 from speed.summary import machine, markdown, rate, result_line, summarise_case
 
 HERE = Path(__file__).resolve().parent
-HELD_OUT_ROWS = {"plain": 64, "prefix": 16}
+HELD_OUT_ROWS = {"plain": 64, "prefix": 16}  # at most; the long prompt makes each of them three times as dear
 UNCAPPED_SECONDS = 3600.0
+QUIET_SHARE = 0.03  # of the machine, that other processes may take
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     names = [name for name in asked.contestants if CONTESTANTS[name].environment in pythons]
     runs: dict[tuple[str, str, int], Outcome] = {}
     for number in range(1, asked.rounds + 1):  # in turn, so that a machine that drifts drifts for all
-        for case in cases:
+        for case in [case for case in cases if case == "plain" or number <= asked.prefix_rounds]:
             for name in names:
                 if case in CONTESTANTS[name].cases:
                     order = make_order(name, case, number, asked=asked, python=pythons[CONTESTANTS[name].environment])
@@ -70,12 +71,14 @@ def arguments() -> argparse.Namespace:
         "--contestants", nargs="+", choices=list(CONTESTANTS), default=default_field(), metavar="NAME", help=" ".join(CONTESTANTS)
     )
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prefix-rounds", type=int, default=1, help="of the case with the long prompt, where a step takes minutes")
     parser.add_argument(
         "--steps", type=int, default=24, help="of Burnish and (in round 1) of the reference, plain case; at most 32, one epoch"
     )
     parser.add_argument("--peer-steps", type=int, default=6, help="of the others, plain case; the first is not timed")
     parser.add_argument("--prefix-steps", type=int, default=4, help="of everyone in the case with the long prompt; the first is not timed")
     parser.add_argument("--cap", type=float, default=900, help="seconds after which a peer stops at the end of its step")
+    parser.add_argument("--held-out-rows", type=int, default=64, help="on which adapters are measured after training; 0: none")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of Burnish's recipe")
     parser.add_argument("--resume", action="store_true", help="keep the runs that --work holds already")
     asked = parser.parse_args()
@@ -132,6 +135,11 @@ def take_turn(order: Order, case_file: Path, asked: argparse.Namespace) -> Outco
             f"    {speed} · {outcome.peak_bytes / 1e9:.1f} GB · first step {outcome.first_step_done} s · {len(outcome.steps)} steps",
             flush=True,
         )
+    if (outcome.others_share or 0.0) > QUIET_SHARE:
+        print(
+            f"    not quiet: other processes took {outcome.others_share:.0%} of the machine meanwhile; these figures do not count for much",
+            flush=True,
+        )
     if outcome.problem:
         print(f"    {outcome.problem}", flush=True)
     return outcome
@@ -141,11 +149,12 @@ def measure_held_out(case: str, runs: Mapping[tuple[str, str, int], Outcome], py
     """Contestant → loss of its first round's adapter on held-out rows; "" is the base model's. Long prompts: Burnish and the reference only."""
     done = {name: outcome.adapter for (c, name, number), outcome in runs.items() if (c, number) == (case, 1) and outcome.adapter}
     wanted = {name: folder for name, folder in done.items() if case == "plain" or name in (BURNISH, REFERENCE)}
-    if not wanted or "plain" not in pythons:
+    rows = min(HELD_OUT_ROWS[case], asked.held_out_rows)
+    if not wanted or not rows or "plain" not in pythons:
         return {}
-    print(f"{case} · loss of {len(wanted)} adapters on {HELD_OUT_ROWS[case]} held-out rows ...", flush=True)
+    print(f"{case} · loss of {len(wanted)} adapters on {rows} held-out rows ...", flush=True)
     job_file = asked.work / f"held-out-{case}.json"
-    job = {"case": str(asked.work / "cases" / case / "case.json"), "rows": HELD_OUT_ROWS[case], "adapters": wanted}
+    job = {"case": str(asked.work / "cases" / case / "case.json"), "rows": rows, "adapters": wanted}
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = [str(pythons["plain"]), str(HERE / "speed" / "held_out.py"), str(job_file)]
     done_process = subprocess.run(command, capture_output=True, text=True, env=environment(REFERENCE))

@@ -33,6 +33,8 @@ class Outcome:
     first_step_done: float | None = None
     seconds: float = 0.0  # the whole command
     peak_bytes: int = 0
+    cpu_seconds: float = 0.0
+    others_share: float | None = None  # of the machine's time, taken by other processes meanwhile (and by other machines on the same host)
     adapter: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
@@ -65,11 +67,13 @@ def run(order: Order, case: dict[str, Any], case_file: Path) -> Outcome:
     events = order.folder / "run" / "training" / "metrics.jsonl" if burnish else order.folder / "events.jsonl"
     outcome = Outcome(order.contestant, order.case, order.round, command=" ".join(command))
     seen: dict[int, float] = {}
-    begun = time.time()
+    begun, busy = time.time(), busy_seconds()
     with (order.folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(order.contestant), cwd=order.folder)
     outcome.problem = watch(process, order.cap_seconds * CAP_FACTOR, outcome, lambda: note_arrivals(events, seen) if burnish else None)
     outcome.seconds = round(time.time() - begun, 2)
+    others = busy_seconds() - busy - outcome.cpu_seconds
+    outcome.others_share = round(max(0.0, others) / outcome.seconds / (os.cpu_count() or 1), 4)
     if process.returncode and outcome.problem is None:
         last = (order.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-4:]
         outcome.problem = f"exit {process.returncode}: {' | '.join(last)[-500:]}"
@@ -124,6 +128,7 @@ def watch(process: subprocess.Popen[bytes], limit_seconds: float, outcome: Outco
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             outcome.peak_bytes = max(outcome.peak_bytes, usage.ru_maxrss * 1024)
+            outcome.cpu_seconds = round(usage.ru_utime + usage.ru_stime, 2)
             return problem
         turn += 1
         if turn % 10 == 0 and problem is None:
@@ -202,6 +207,13 @@ def warm_up_files(case: dict[str, Any]) -> None:
         with file.open("rb") as weights:
             while weights.read(1 << 24):
                 pass
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores together were not idle, since the machine started; time that its host took away counts as busy."""
+    fields = [int(number) for number in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+    idle = fields[3] + fields[4]  # idle, iowait
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def high_water(pid: int) -> int:

@@ -19,10 +19,10 @@ def train(model: Any, tokenizer: Any, *, job: dict[str, Any], case: dict[str, An
     options = job["options"]
     batching = options.get("batching", "padded")
     rows = [case["train"][index] for batch in case["batches"] for index in batch]
-    packed = {"packing": True, "max_length": options.get("max_length", 1024)} if batching == "packed" else {"max_length": None}
+    packed = {"packing": True, "max_length": options["max_length"]} if batching == "packed" else {"max_length": None}
     config = SFTConfig(
         output_dir=job["scratch"],
-        per_device_train_batch_size=options.get("rows_at_once", 1) if batching == "packed" else BATCH,
+        per_device_train_batch_size=1 if batching == "packed" else BATCH,
         max_steps=job["steps"],
         learning_rate=2e-4,
         lr_scheduler_type="constant",
@@ -34,7 +34,7 @@ def train(model: Any, tokenizer: Any, *, job: dict[str, Any], case: dict[str, An
         gradient_checkpointing=options["checkpointing"],
         padding_free=batching == "padding_free",
         train_sampling_strategy="sequential",
-        shuffle_dataset=False,
+        shuffle_dataset=batching == "packed",  # packing puts the longest rows first; shuffled, a few steps stand for all
         dataset_kwargs={"skip_prepare_dataset": batching != "packed"},
         logging_steps=1,
         logging_nan_inf_filter=False,

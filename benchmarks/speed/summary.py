@@ -58,6 +58,7 @@ def summarise_case(case: str, runs: Runs, names: Sequence[str], held_out: Mappin
                 "peak_memory_gb": round(max(o.peak_bytes for o in good) / 1e9, 2),
                 "first_step_begins_seconds": _median(o.first_step_begins for o in good),
                 "first_step_done_seconds": _median(o.first_step_done for o in good),
+                "others_share": max(o.others_share or 0.0 for o in good),
                 "steps": [len(o.steps) for o in good],
                 "held_out_loss": held_out.get(name),
                 "losses": [round(step["loss"], 5) for step in good[0].steps],
@@ -95,6 +96,7 @@ def result_line(cases: Mapping[str, Mapping[str, Mapping[str, Any]]], runs: Runs
         "ratio_plain_fp32": plain.get("plain-all-fp32", {}).get("burnish_is_faster"),
         "prefix_examples_per_second": prefix.get(BURNISH, {}).get("examples_per_second"),
         "prefix_startup_seconds": prefix.get(BURNISH, {}).get("first_step_done_seconds"),
+        "others_share": max((row.get("others_share", 0.0) for rows in cases.values() for row in rows.values()), default=None),
         "problems": [f"{case} {name}: {row['problem']}" for case, rows in cases.items() for name, row in rows.items() if row["problem"]],
         "reference_against_full_logits": plain.get("plain-all-fp32", {}).get("max_loss_difference"),
     }
