@@ -23,17 +23,19 @@ from typing import Any
 
 from burnish import data as data_room
 from burnish import evaluation, report, training
-from burnish.data import SPLITS, Checked, Loaded
+from burnish.data import REPLAY, SPLITS, Checked, Loaded
 from burnish.errors import DataError
 from burnish.evaluation import CANDIDATES
 from burnish.models import (
     LEARNING_RATES,
     Chat,
+    base_state,
     context_window,
     load_chat,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
+    trained_hash,
     verify_adapter,
     weights_hash,
 )
@@ -78,7 +80,7 @@ def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Datas
     """Three JSONL files, a manifest, and the recipe with every `auto` resolved."""
     recipe = job.recipe_as_asked()
     asked = hash_of(recipe.to_dict(), _tokens_state(recipe))
-    inputs = hash_of(asked, [_fingerprint(getattr(recipe.data, split)) for split in SPLITS])
+    inputs = hash_of(asked, [_fingerprint(name) for name in _data_files(recipe)])
     if job.step_done("prepare", inputs):
         return dataset_of(job)
     if gone := _gone(job, recipe, asked):
@@ -90,15 +92,17 @@ def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Datas
         chat = chat or load_chat(recipe.model, tell)
         dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat, tell), recipe)
         resolved = job.resolve(_resolved_values(recipe, dataset, chat))
-        for split in SPLITS:
+        for split in dataset.manifest["splits"]:
             job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
             dataset.manifest["splits"][split]["file_sha256"] = hash_file(job.split_file(split))
         job.write_json(job.manifest_file, dataset.manifest)
         entry["asked"] = asked
-        entry["rows"] = {split: len(getattr(dataset, split)) for split in SPLITS}
-    counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in SPLITS)
+        entry["rows"] = {split: len(getattr(dataset, split)) for split in dataset.manifest["splits"]}
+    counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in dataset.manifest["splits"])
     removed = "".join(f", {count} left out ({reason})" for reason, count in dataset.manifest["removed_counts"].items())
     tell("prepared", 0, 0, counts + removed)
+    if resolved.training.objective != "preference" and any(example.rejected is not None for example in dataset.train):
+        tell("rejected answers", 0, 0, "not used: the chosen ones are trained. training.objective: preference trains on both")
     metric = find_metric(resolved.task.metric)
     shown = evaluation.detectable(len(dataset.test), resolved, metric)
     points = "no difference at all; get more test rows" if shown is None else f"differences of about {100 * shown:.0f} points or more"
@@ -123,14 +127,11 @@ def evaluate(
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
-    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), weights_hash(recipe.model.name), _tokens_state(recipe), adapter)
+    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), base_state(recipe), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
     if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
         return
-    if (
-        trained
-        and adapter != verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))["files"]["adapter_model.safetensors"]["sha256"]
-    ):
+    if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))):
         raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
         evaluation.evaluate(
@@ -138,16 +139,40 @@ def evaluate(
         )
 
 
-def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, tell: Tell = silent) -> dict[str, Any]:
-    """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary."""
+def train(
+    job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, allow_change: Sequence[str] = (), tell: Tell = silent
+) -> dict[str, Any]:
+    """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary. A training that was cut off goes on.
+
+    `allow_change`: conditions (recipe keys, `versions`) that may differ from those under which it began.
+    """
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     parts = recipe.to_dict()
-    settings = {key: parts[key] for key in ("seed", "model", "lora", "training")}
-    inputs = hash_of(settings, _splits(dataset, ("train", "validation")), weights_hash(recipe.model.name), _tokens_state(recipe))
+    settings = {key: parts[key] for key in ("seed", "model", "lora", "training", "engine")}
+    read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
+    inputs = hash_of(settings, _splits(dataset, read), base_state(recipe), _tokens_state(recipe))
     if job.step_done("train", inputs) and job.adapter_folder.exists():
+        training.dismiss()
+        training.forget_checkpoints(job)
         return dict(job.read_json(job.training_file))
-    with job.step("train", inputs):
-        return training.train(job, dataset, recipe, chat or load_chat(recipe.model, tell), tell)
+    if job.status()["steps"].get("train", {}).get("state") == "done":
+        training.forget_checkpoints(job)  # of a training that is over
+    with job.step("train", inputs) as entry:
+
+        def note(**values: Any) -> None:
+            job.amend("train", entry, **values)
+
+        summary = training.train(job, dataset, recipe, chat or load_chat(recipe.model, tell), tell, allow_change=allow_change, note=note)
+    training.forget_checkpoints(job)
+    return summary
+
+
+def assist(folder: str | Path) -> None:
+    """A process beside the one that trains (RANK > 0): it computes its part of each step, and reads the run only."""
+    if training.assist():
+        job = Run.open(folder)
+        recipe = job.recipe()
+        training.train(job, dataset_of(job), recipe, load_chat(recipe.model))
 
 
 def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
@@ -177,14 +202,14 @@ def dataset_of(job: Run) -> Dataset:
     manifest = job.read_json(job.manifest_file)
     changed = [
         split
-        for split in SPLITS
+        for split in manifest["splits"]
         if not job.split_file(split).exists() or hash_file(job.split_file(split)) != manifest["splits"][split].get("file_sha256")
     ]
     if changed:
         names = ", ".join(str(job.split_file(split)) for split in changed)
         raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
-    parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in SPLITS}
-    return Dataset(parts["train"], parts["validation"], parts["test"], manifest)
+    parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in manifest["splits"]}
+    return Dataset(parts["train"], parts["validation"], parts["test"], manifest, parts.get(REPLAY, ()))
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:
@@ -269,8 +294,11 @@ def _gone(job: Run, recipe: Recipe, asked: str) -> str | None:
     entry = job.status()["steps"].get("prepare", {})
     if entry.get("state") != "done" or entry.get("asked") != asked:
         return None
-    names = [getattr(recipe.data, split) for split in SPLITS]
-    return next((name for name in names if name and not name.startswith(("demo:", "hub:")) and not Path(name).exists()), None)
+    return next((name for name in _data_files(recipe) if name and not name.startswith(("demo:", "hub:")) and not Path(name).exists()), None)
+
+
+def _data_files(recipe: Recipe) -> list[str | None]:
+    return [*(getattr(recipe.data, split) for split in SPLITS), recipe.training.replay_data]
 
 
 def _fingerprint(name: str | None) -> str:

@@ -15,9 +15,9 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_con
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
-from burnish.models import Chat, Limits, load_adapter, load_model, weights_hash
+from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
-from burnish.run import Run, hash_file, hash_of
+from burnish.run import Run, hash_of
 from burnish.tasks import Task, find_metric
 from burnish.types import Dataset, Example, Tell, silent
 
@@ -30,11 +30,10 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     if not names:
         return
-    model = load_model(recipe.model, tell)
-    identity = weights_hash(recipe.model.name)
+    model = load_trained(recipe, run.adapter_folder, tell) if trained else load_base(recipe, tell)
+    identity = base_state(recipe)
     if trained:
-        model = load_adapter(model, run.adapter_folder, identity)
-        identity = hash_of(identity, hash_file(run.adapter_folder / "adapter_model.safetensors"))
+        identity = hash_of(identity, trained_hash(verify_adapter(run.adapter_folder, weights_hash(recipe.model.name))))
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
     room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
