@@ -160,6 +160,9 @@ def burnish_events(metrics: Path, outcome: Outcome, begun: float, case: dict[str
             outcome.problem = (
                 f"step {row['step']}: Burnish trained on {row['tokens'] - before['tokens']} tokens, the case's batch has {expected}"
             )
+        if row["loss"] is None:
+            outcome.problem = f"step {row['step']}: the loss was not finite"
+            return
         at = seen.get(row["step"], begun)
         last = seen.get(row["step"] - 1)
         own = row["seconds"] - before["seconds"]
