@@ -150,7 +150,7 @@ def test_target_modules_and_layers_meet(tokenizer: Any) -> None:
         model = prepared("lora", recipe_for("lora", "last-2", target_modules=targets), build_tiny("llama", tokenizer))
         kept = {name.split(".lora_")[0].removeprefix("base_model.model.model.layers.") for name in trainable_parameters(model)}
         assert kept == {f"{number}.{name}" for number in (1, 2) for name in ("self_attn.q_proj", "mlp.up_proj")}
-    with pytest.raises(ModelError, match="lora.target_modules.*k_proj.*down_proj"):
+    with pytest.raises(ModelError, match=r"lora\.target_modules.*k_proj.*down_proj"):
         prepared("lora", recipe_for("lora", [0], target_modules=["no_such"]), build_tiny("llama", tokenizer))
 
 

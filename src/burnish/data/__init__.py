@@ -17,7 +17,7 @@ from typing import Any
 from burnish.data import home_assistant
 from burnish.data.check import Checked, FindControl, Tokenize, check_examples, statistics, token_lengths
 from burnish.data.formats import make_example, recognise, to_examples
-from burnish.data.read import parse_json, read_rows
+from burnish.data.read import parse_json, read_documents, read_rows
 from burnish.data.split import find_overlap, split_by_group, take
 from burnish.errors import DataError, Problem
 from burnish.recipe import DataSection, Recipe
@@ -53,9 +53,11 @@ def load(recipe: Recipe) -> Loaded:
         name = getattr(recipe.data, split)
         if name is None:
             continue
-        rows = read_rows(name)
+        rows = read_documents(name) if recipe.training.objective == "text" else read_rows(name)
         loaded.problems += rows.problems
-        format_name = recognise(rows.rows, recipe.data, rows.path) if rows.rows else "none"
+        format_name = (
+            "none" if not rows.rows else "text" if recipe.training.objective == "text" else recognise(rows.rows, recipe.data, rows.path)
+        )
         examples, problems = to_examples(rows.rows, format_name, recipe.data) if rows.rows else ([], [])
         loaded.problems += problems
         loaded.splits[split] = examples

@@ -64,7 +64,8 @@ def check_examples(
         kept = example if tokenize is None else _fit(example, data, tokenize, checked)
         if kept is None:
             continue
-        answers[repr([message["content"] for message in kept.prompt])].setdefault(kept.reference, kept.source)
+        if kept.prompt:  # plain text answers nothing
+            answers[repr([message["content"] for message in kept.prompt])].setdefault(kept.reference, kept.source)
         checked.examples.append(kept)
     for by_answer in answers.values():
         if len(by_answer) > 1:

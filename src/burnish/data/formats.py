@@ -5,6 +5,7 @@
     alpaca      {"instruction", "input"?, "output"}                          Stanford Alpaca
     sharegpt    {"conversations": [{"from": "human" | "gpt", "value"}, …]}   ShareGPT, Vicuna
     columns     any columns that the recipe names (data.prompt_column, data.completion_column)
+    text        {"text": …}, or a .txt or .md file: plain text               only with training.objective: text
 
 To add a format: write a function row → messages, and add a line to FORMATS; tests/contract/test_formats.py then runs on it.
 """
@@ -40,6 +41,7 @@ class Format:
     keys: tuple[str, ...]  # what a row of this format must have
     messages: Callable[[dict[str, Any], DataSection, list[tuple[str, str, str]]], list[Message]]
     example: str  # a row, for errors and docs
+    objective: str = "supervised"  # the training.objective that reads it; only supervised rows are recognised by their keys
 
 
 def _chat(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
@@ -87,6 +89,20 @@ def _columns(row: dict[str, Any], data: DataSection, problems: list[tuple[str, s
     return messages
 
 
+def _text(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+    """The document as one message of the model: its reference is what is learnt."""
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
+        problems.append(
+            (
+                "text",
+                "empty" if text in ("", None) or isinstance(text, str) else f"not a text: {str(text)[:40]!r}",
+                "write the text or remove it",
+            )
+        )
+    return [{"role": "assistant", "content": text}]
+
+
 FORMATS: dict[str, Format] = {
     "chat": Format(("messages",), _chat, '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'),
     "completion": Format(("prompt", "completion"), _completion, '{"prompt": "…", "completion": "…"}'),
@@ -95,6 +111,7 @@ FORMATS: dict[str, Format] = {
         ("conversations",), _sharegpt, '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}'
     ),
     "columns": Format((), _columns, '{"YOUR_PROMPT_COLUMN": "…", "YOUR_COMPLETION_COLUMN": "…"}'),
+    "text": Format(("text",), _text, '{"text": "…"}', objective="text"),
 }
 
 # Pairs of column names that people use; only ever proposed (by errors and `burnish init`), never taken silently.
@@ -113,7 +130,8 @@ def recognise(rows: Sequence[Row], data: DataSection, path: str) -> str:
         return "columns"
     if data.format != "auto":
         return data.format
-    counts = Counter(name for row in rows for name, form in FORMATS.items() if form.keys and all(key in row.content for key in form.keys))
+    known = {name: form for name, form in FORMATS.items() if form.keys and form.objective == "supervised"}
+    counts = Counter(name for row in rows for name, form in known.items() if all(key in row.content for key in form.keys))
     fitting = [name for name, count in counts.items() if count * 2 > len(rows)]
     if len(fitting) == 1:
         return fitting[0]
@@ -152,9 +170,9 @@ def to_examples(rows: Sequence[Row], format_name: str, data: DataSection) -> tup
             messages: list[Message] = []
         else:
             messages = form.messages(row.content, data, found)
-        if data.system is not None and messages and messages[0]["role"] != "system":
+        if data.system is not None and form.objective == "supervised" and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": data.system})
-        if not found:
+        if not found and form.objective == "supervised":
             found += _conversation_problems(messages, row.content)
         group = None
         if data.group_column is not None:
@@ -166,7 +184,8 @@ def to_examples(rows: Sequence[Row], format_name: str, data: DataSection) -> tup
                 found.append((data.group_column, "missing", "every row needs the group column, or leave data.group_column out"))
         problems += [Problem(f"{row.source}:{field}", what, do) for field, what, do in found]
         if not found:
-            examples.append(make_example(messages, source=row.source, group=None if group is None else str(group)))
+            metadata = {} if form.objective == "supervised" else {"kind": form.objective}
+            examples.append(make_example(messages, source=row.source, group=None if group is None else str(group), metadata=metadata))
     return examples, problems
 
 

@@ -1,9 +1,9 @@
 """Which layers are trained: `training.layers` → which modules of a model. The same choice for every method.
 
-    all          everything the method trains
-    last-8       the eight decoder layers nearest the head; first-4: the four nearest the input
-    [0, 5, 11]   decoder layers by number, counted from 0
-    a regex      every module in whose name it is found (`re.search`): `layers\\.(0|1)\\.`, `mlp`, `embed_tokens|norm`
+all          everything the method trains
+last-8       the eight decoder layers nearest the head; first-4: the four nearest the input
+[0, 5, 11]   decoder layers by number, counted from 0
+a regex      every module in whose name it is found (`re.search`): `layers\\.(0|1)\\.`, `mlp`, `embed_tokens|norm`
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ def choose_layers(model: Any, layers: str | Sequence[int]) -> Choice:
         try:
             pattern = re.compile(layers)
         except re.error as problem:
-            raise ModelError(f"training.layers: {layers}: {problem}; expected all, last-8, first-4, a list of numbers, or a regex") from problem
+            raise ModelError(
+                f"training.layers: {layers}: {problem}; expected all, last-8, first-4, a list of numbers, or a regex"
+            ) from problem
         return lambda name: pattern.search(name) is not None
     prefix, count = decoder_layers(model)
     if isinstance(layers, str):
         assert counted is not None
         wanted = int(counted[2])
         if not 1 <= wanted <= count:
-            raise ModelError(f"training.layers: {layers}: this model has {count} decoder layers; expected {counted[1]}-1 to {counted[1]}-{count}")
+            raise ModelError(
+                f"training.layers: {layers}: this model has {count} decoder layers; expected {counted[1]}-1 to {counted[1]}-{count}"
+            )
         numbers = set(range(wanted) if counted[1] == "first" else range(count - wanted, count))
     else:
         numbers = set(layers)
@@ -62,7 +66,9 @@ def linear_names(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     # transformers' Conv1D is GPT-2's linear layer.
     return [
-        name for name, module in model.named_modules() if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
     ]
 
 

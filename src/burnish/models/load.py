@@ -125,6 +125,12 @@ def base_state(recipe: Recipe) -> str:
     return weights if quantizer is None else hash_of(weights, quantizer)
 
 
+def stored_dtype(folder: Path) -> str:
+    """The type of a model folder's weights: what a merged model is written in."""
+    named = getattr(_config(folder), "dtype", None) or "bfloat16"
+    return str(named).removeprefix("torch.")
+
+
 def weights_hash(name: str) -> str:
     """One hash over the weight files' SHA-256: an adapter belongs to these weights and no others."""
     folder = Path(find_model(name))
@@ -208,13 +214,16 @@ def _gguf(folder: Path, *, wanted: bool = False) -> dict[str, str]:
     """{"gguf_file": NAME} where the folder's weights are a .gguf file (`wanted`: also where safetensors lie beside it), else {}."""
     if not wanted and any(folder.glob("*.safetensors")):
         return {}
-    return {"gguf_file": file.name for file in sorted(folder.glob("*.gguf"))[:1]}
+    files = sorted(folder.glob("*.gguf"))
+    return {"gguf_file": files[0].name} if files else {}
 
 
 def _checked_gguf(path: Path) -> Path:
     files = sorted(file.name for file in path.glob("*.gguf"))
     if len(files) > 1:
-        raise ModelError(f"model.name: {path}: {len(files)} .gguf files ({', '.join(files[:3])}); expected one: put the one you want into a folder of its own")
+        raise ModelError(
+            f"model.name: {path}: {len(files)} .gguf files ({', '.join(files[:3])}); expected one: put the one you want into a folder of its own"
+        )
     with missing_extra("quantized", f"reading {path / files[0]}"):
         import gguf  # noqa: F401 - transformers reads GGUF through it
     try:

@@ -150,7 +150,9 @@ def prove(layer: Any, name: str) -> None:
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     # The product's own rounding: 2⁻⁸ in bfloat16.
     if not error <= (2e-2 if dtype == torch.bfloat16 else 1e-4):
-        raise ModelError(f"{name}: a quantised layer is {error:.1e} away from the matrix that its bits stand for; choose training.method: lora")
+        raise ModelError(
+            f"{name}: a quantised layer is {error:.1e} away from the matrix that its bits stand for; choose training.method: lora"
+        )
 
 
 def quantizer_of(model: Any) -> str | None:

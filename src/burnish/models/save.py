@@ -1,8 +1,8 @@
 """Trained weights ↔ a folder, with tokenizer, template and a manifest. It appears whole or not at all.
 
-    an adapter      adapter_config.json, adapter_model.safetensors        PEFT's format: plain PEFT, vLLM and llama.cpp read it
-    whole weights   config.json, model*.safetensors                       method `full`, and merged adapters: plain transformers reads it
-    both            tokenizer, chat_template.jinja, burnish.json (the manifest: facts, and each file's size and SHA-256)
+an adapter      adapter_config.json, adapter_model.safetensors        PEFT's format: plain PEFT, vLLM and llama.cpp read it
+whole weights   config.json, model*.safetensors                       method `full`, and merged adapters: plain transformers reads it
+both            tokenizer, chat_template.jinja, burnish.json (the manifest: facts, and each file's size and SHA-256)
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def save_trained(model: Any, chat: Chat, folder: Path, facts: dict[str, Any]) ->
     """Write what was trained: the adapter of a PEFT model, else the whole weights. `facts` go into the manifest; `step` is needed."""
     with write_folder(folder) as aside:
         with quiet():
-            model.save_pretrained(str(aside), safe_serialization=True) if isinstance(model, PeftModel) else model.save_pretrained(str(aside))
+            model.save_pretrained(str(aside), safe_serialization=True) if isinstance(model, PeftModel) else model.save_pretrained(
+                str(aside)
+            )
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         write_beside(aside, chat, {**facts, **quantizer_facts(model)})
     return Checkpoint(str(folder), int(facts["step"]), facts.get("validation_loss"))
@@ -53,10 +55,11 @@ def load_trained(recipe: Recipe, folder: Path, tell: Tell = silent) -> Any:
     return load_adapter(load_base(recipe, tell, quantizer=manifest.get("quantizer")), folder, manifest["base_sha256"])
 
 
-def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool = False) -> Any:
+def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool = False, any_base: bool = False) -> Any:
     """Put saved weights on their base, after `verify_adapter`: an adapter, or whole weights (then the given model is only their measure).
 
-    In evaluation mode; with `trainable` the adapter's weights want gradients. Raises ModelError where the folder holds none that fits.
+    In evaluation mode; with `trainable` the adapter's weights want gradients; `any_base` takes the same weights in more or fewer bits than they were trained on.
+    Raises ModelError where the folder holds none that fits.
     """
     if not (folder / "adapter_config.json").exists() and not is_whole(folder):
         raise ModelError(f"{folder}: no adapter there; run `burnish train` first")
@@ -64,7 +67,7 @@ def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool 
     if is_whole(folder):
         section = ModelSection(name=str(folder), dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))  # type: ignore[arg-type]
         return read_weights(folder, section)
-    if manifest.get("quantizer") != quantizer_of(model):
+    if manifest.get("quantizer") != quantizer_of(model) and not any_base:
         raise ModelError(
             f"{folder}: trained on a base held as {manifest.get('quantized', 'it is, in 16 or 32 bits')}, not on "
             f"{quantizer_facts(model).get('quantized', 'the unquantised base')}: its answers would not be those that were measured"

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from burnish.errors import TrainingError
-from burnish.models import METHODS, Chat, load_base, quantizer_facts, trainable_parameters, trained_hash, verify_adapter, weights_hash
+from burnish.models import (
+    METHODS,
+    Chat,
+    load_base,
+    quantizer_facts,
+    tokens_of,
+    trainable_parameters,
+    trained_hash,
+    verify_adapter,
+    weights_hash,
+)
 from burnish.recipe import Recipe
 from burnish.run import Run, append_line
 from burnish.training.checkpoint import save_adapter
@@ -23,8 +33,8 @@ from burnish.types import Dataset, Example, Tell, Tokens, silent
 def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = silent) -> dict[str, Any]:
     """Train and keep the best checkpoint. Returns the summary that is also written to training/summary.json."""
     started = time.perf_counter()
-    sequences, validation = tokenize_all(chat, dataset.train), tokenize_all(chat, dataset.validation)
-    sources = [example.source for example in dataset.train for _ in chat.training_tokens(example)]
+    sequences, validation = tokenize_all(chat, dataset.train, recipe), tokenize_all(chat, dataset.validation, recipe)
+    sources = [example.source for example in dataset.train for _ in tokens_of(chat, example, recipe)]
     model = METHODS[recipe.training.method](load_base(recipe, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
     before = _fingerprint(model)
@@ -79,8 +89,8 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = s
     return summary
 
 
-def tokenize_all(chat: Chat, examples: Sequence[Example]) -> list[Tokens]:
-    return [tokens for example in examples for tokens in chat.training_tokens(example)]
+def tokenize_all(chat: Chat, examples: Sequence[Example], recipe: Recipe | None = None) -> list[Tokens]:
+    return [tokens for example in examples for tokens in tokens_of(chat, example, recipe)]
 
 
 def _fingerprint(model: Any) -> list[float]:
