@@ -154,7 +154,7 @@ def test_an_adapter_goes_back_on_the_same_base_only(name: str, chat: Any, tiny_f
     with torch.no_grad():
         assert torch.equal(load_trained(recipe, tmp_path / "adapter")(IDS).logits, model(IDS).logits)
     plain = load_base(build_recipe(recipe.to_dict() | {"training": {"method": "lora"}}))
-    with pytest.raises(ModelError, match="trained on a base held as.*not on the unquantised base"):
+    with pytest.raises(ModelError, match=r"trained on a base held as.*not on the unquantised base"):
         load_adapter(plain, tmp_path / "adapter", sha256)
 
 

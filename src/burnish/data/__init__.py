@@ -170,7 +170,12 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
             wanted = min(0.4, round(max(now * 1.5 * LEAST_ROWS[split] / max(1, count), now + 0.05), 2))
             do = f"set data.{split}_fraction: {wanted}"
         else:
-            do = "collect more rows"
+            text = any(example.metadata.get("kind") == "text" for part in splits.values() for example in part)
+            do = (
+                "collect more documents, or cut long ones into several (a file each, or rows with a `text`)"
+                if text
+                else "collect more rows"
+            )
         problems.append(
             Problem(f"data.{split}", f"{count} rows after cleaning and splitting", f"at least {LEAST_ROWS[split]} are needed: {do}")
         )

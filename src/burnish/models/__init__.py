@@ -28,8 +28,9 @@ from burnish.models.quantize import QUANTIZERS, is_quantized, quantizer_facts
 from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, save_trained, trained_hash, verify_adapter
 
 __all__ = [
-    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Limits", "Merged", "base_state", "choose_layers",
-    "context_window", "decoder_layers", "find_model", "generate", "is_quantized", "load_adapter", "load_base", "load_chat", "load_model", "load_trained",
-    "make_chat", "merge_adapter", "negative_log_likelihood", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash", "trainable_parameters",
-    "tokens_of", "trained_hash", "verify_adapter", "weights_hash",
+    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Limits", "Merged", "base_state",
+    "choose_layers", "context_window", "decoder_layers", "find_model", "generate", "is_quantized", "load_adapter", "load_base",
+    "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter", "negative_log_likelihood", "quantizer_facts",
+    "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash", "tokens_of", "trainable_parameters",
+    "trained_hash", "verify_adapter", "weights_hash",
 ]  # fmt: skip

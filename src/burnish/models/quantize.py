@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def choose_quantizer(device: str, folder: Path | None = None) -> str:
     )
 
 
+@cache
 def why_not(name: str, device: str) -> str | None:
     """None where the quantizer is installed and a small layer on this device computes, forward and backward, what its bits stand for."""
     linear = nn.Linear(2 * BLOCK, BLOCK, bias=False, device=device)

@@ -65,7 +65,8 @@ def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool 
         raise ModelError(f"{folder}: no adapter there; run `burnish train` first")
     manifest = verify_adapter(folder, base_sha256)
     if is_whole(folder):
-        section = ModelSection(name=str(folder), dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))  # type: ignore[arg-type]
+        device = "mps" if model.device.type == "mps" else str(model.device)
+        section = ModelSection(name=str(folder), dtype=str(model.dtype).removeprefix("torch."), device=device)  # type: ignore[arg-type]
         return read_weights(folder, section)
     if manifest.get("quantizer") != quantizer_of(model) and not any_base:
         raise ModelError(
