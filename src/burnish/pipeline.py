@@ -24,17 +24,20 @@ from typing import Any
 from burnish import data as data_room
 from burnish import evaluation, report, training
 from burnish.data import REPLAY, SPLITS, Checked, Loaded
-from burnish.errors import DataError
+from burnish.errors import DataError, RecipeError
 from burnish.evaluation import CANDIDATES
 from burnish.models import (
     LEARNING_RATES,
     Chat,
+    Merged,
     base_state,
     context_window,
     load_chat,
+    merge_adapter,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
+    tokens_of,
     trained_hash,
     verify_adapter,
     weights_hash,
@@ -45,6 +48,7 @@ from burnish.tasks import Task, detect_task, find_metric, task_for
 from burnish.types import Dataset, Tell, silent
 
 EXAMPLES_AT_ONCE = 8  # what training.micro_batch_size: auto begins with
+PROBE_ROWS = 8  # on which a merged model must answer as base and adapter do
 DEMO = {
     "name": "demo",
     "model": "gemma-3-270m",
@@ -103,6 +107,9 @@ def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Datas
     tell("prepared", 0, 0, counts + removed)
     if resolved.training.objective != "preference" and any(example.rejected is not None for example in dataset.train):
         tell("rejected answers", 0, 0, "not used: the chosen ones are trained. training.objective: preference trains on both")
+    if resolved.training.objective == "text":
+        tell("what is measured", 0, 0, f"bits per byte of {len(dataset.test)} test documents, before and after")
+        return dataset
     metric = find_metric(resolved.task.metric)
     shown = evaluation.detectable(len(dataset.test), resolved, metric)
     points = "no difference at all; get more test rows" if shown is None else f"differences of about {100 * shown:.0f} points or more"
@@ -129,14 +136,18 @@ def evaluate(
     adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
     inputs = hash_of(names, recipe.to_dict(), _splits(dataset), base_state(recipe), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
-    if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
+    plain = recipe.training.objective == "text"
+    answered = evaluation.is_measured if plain else evaluation.is_answered
+    if not names or (job.step_done(step, inputs) and all(answered(job, name, dataset.test) for name in names)):
         return
     if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))):
         raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
-        evaluation.evaluate(
-            job, dataset, recipe, chat or load_chat(recipe.model, tell), task_of(recipe, dataset), trained=trained, tell=tell
-        )
+        chat = chat or load_chat(recipe.model, tell)
+        if plain:
+            evaluation.measure_text(job, dataset, recipe, chat, trained=trained, tell=tell)
+        else:
+            evaluation.evaluate(job, dataset, recipe, chat, task_of(recipe, dataset), trained=trained, tell=tell)
 
 
 def train(
@@ -186,9 +197,26 @@ def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
             )
     tell("comparing", 0, 0, f"{len(dataset.test)} test rows")
     with job.step("compare", hash_of(_splits(dataset))):
-        content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
+        if recipe.training.objective == "text":
+            content = evaluation.compare_text(job, recipe, dataset.test)
+        else:
+            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
         job.write_json(job.comparison_file, content)
     return content
+
+
+def merge(job: Run, output: Path, *, tell: Tell = silent) -> Merged:
+    """The run's adapter and its base as one model in `output`, proved on validation rows to answer as the two do. Raises ModelError."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise RecipeError(f"{output} exists already; choose another place with --output")
+    if not job.training_file.exists():
+        raise DataError(f"{job.path}: nothing is trained yet: run `burnish train` first")
+    dataset, recipe = dataset_of(job), job.recipe()
+    chat = load_chat(recipe.model, tell)
+    rows = dataset.validation or dataset.train
+    probe = [tokens.input_ids for example in rows[:PROBE_ROWS] for tokens in tokens_of(chat, example, recipe)]
+    job.event("merge_started", output=str(output))
+    return merge_adapter(recipe, job.adapter_folder, chat, output, probe, tell)
 
 
 def write_report(job: Run, *, tell: Tell = silent) -> Path:
@@ -255,20 +283,28 @@ def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str
             f"{recipe.model.name} reads {window} tokens at once: longer rows count as over-long, whatever data.max_length says",
         )
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": window})})
-    return data_room.check(loaded, recipe, tokenize=chat.training_tokens, find_control=chat.find_control, tell=tell)
+    return data_room.check(
+        loaded, recipe, tokenize=lambda example: tokens_of(chat, example, recipe), find_control=chat.find_control, tell=tell
+    )
 
 
 def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[str, Any]:
     """What each `auto` becomes, from the rows, the tokenizer and the machine."""
     device = resolve_device(recipe.model.device)
     longest = dataset.manifest["token_lengths"]["train"].get("target_max", 256)
-    task = task_of(recipe, dataset)
-    find_metric(task.metric)  # a metric of the user's own that does not load should not wait for the training
-    values: dict[str, Any] = {
-        "model.device": device,
-        "model.dtype": resolve_dtype(recipe.model.dtype, device),
-        "task.metric": task.metric,
-    }
+    values: dict[str, Any] = {"model.device": device, "model.dtype": resolve_dtype(recipe.model.dtype, device)}
+    if recipe.training.objective == "text":
+        longest = 256  # nothing is answered
+        candidates = [name for name in recipe.evaluation.candidates if name in evaluation.TEXT_CANDIDATES]
+        window = context_window(recipe.model.name) or recipe.data.max_length
+        values |= {
+            "task.metric": evaluation.BITS_PER_BYTE,
+            "evaluation.candidates": candidates or ["base"],
+            "data.max_length": min(window, recipe.data.max_length),
+        }
+    else:
+        values["task.metric"] = task_of(recipe, dataset).metric
+        find_metric(values["task.metric"])  # a metric of the user's own that does not load should not wait for the training
     if recipe.model.chat_template == "auto" and chat.template_name != "own":
         values["model.chat_template"] = chat.template_name
     if recipe.training.learning_rate == "auto":
@@ -303,6 +339,8 @@ def _data_files(recipe: Recipe) -> list[str | None]:
 
 def _fingerprint(name: str | None) -> str:
     path = Path(name) if name else None
+    if path is not None and path.is_dir():
+        return hash_of([[str(file.relative_to(path)), hash_file(file)] for file in sorted(path.rglob("*")) if file.is_file()])
     if name and name.startswith("demo:"):
         return f"{name} {_version('home-assistant-intents')} {_version('hassil')}"
     try:
@@ -311,4 +349,4 @@ def _fingerprint(name: str | None) -> str:
         raise DataError(f"{name}: cannot be read: {problem.strerror or problem}") from problem
 
 
-__all__ = ["check", "compare", "dataset_of", "demo_recipe", "evaluate", "prepare", "run_recipe", "train", "write_report"]
+__all__ = ["check", "compare", "dataset_of", "demo_recipe", "evaluate", "merge", "prepare", "run_recipe", "train", "write_report"]

@@ -448,6 +448,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "verdict": comparison.get("verdict"),
                 "tuned": scores.get("tuned"),
                 "best_baseline": scores.get(comparison.get("best_baseline")),
+                "unit": comparison.get("unit"),
             }
         )
     return sorted(rows, key=lambda row: str(row["created"]), reverse=True)

@@ -35,7 +35,7 @@ def rows() -> list[Example]:
 def made(request: Any, tokenizer: Any, chat: Chat, tmp_path: Path) -> tuple[Objective, Any, list[Any]]:
     settings = {"objective": "supervised", "kl_weight": 0.5} if request.param == "kept close" else {"objective": request.param}
     recipe = build_recipe({"model": "m", "data": "d", "training": settings, "lora": {"rank": 4, "alpha": 8}})
-    objective = make_objective(recipe.training)
+    objective = make_objective(recipe)
     items = [item for example in rows() for item in objective.items(chat, example)]
     if isinstance(objective, Preference):
         items = with_reference(with_adapter("llama", tokenizer, started=False), items, cache=tmp_path / "r", state="", at_once=2)

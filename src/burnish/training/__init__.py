@@ -17,7 +17,17 @@ from dataclasses import replace
 from typing import Any
 
 from burnish.errors import BurnishError, Stopped, TrainingError
-from burnish.models import METHODS, Chat, load_base, quantizer_facts, tokenizer_hash, trainable_parameters, trained_hash, weights_hash
+from burnish.models import (
+    METHODS,
+    Chat,
+    load_base,
+    quantizer_facts,
+    tokenizer_hash,
+    tokens_of,
+    trainable_parameters,
+    trained_hash,
+    weights_hash,
+)  # fmt: skip
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of, recover_folder
 from burnish.training import distributed
@@ -56,7 +66,7 @@ def train(
     """
     began = time.monotonic()
     distributed.join()
-    objective = make_objective(recipe.training)
+    objective = make_objective(recipe)
     here = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": distributed.local_device(recipe.model.device)})})
     tokens_key = _tokens_key(recipe, dataset, chat)
     items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=tokens_key, tell=tell)
@@ -144,8 +154,8 @@ def forget_checkpoints(run: Run) -> None:
     shutil.rmtree(run.checkpoints_folder, ignore_errors=True)
 
 
-def tokenize_all(chat: Chat, examples: Sequence[Example]) -> list[Tokens]:
-    return [tokens for example in examples for tokens in chat.training_tokens(example)]
+def tokenize_all(chat: Chat, examples: Sequence[Example], recipe: Recipe | None = None) -> list[Tokens]:
+    return [tokens for example in examples for tokens in tokens_of(chat, example, recipe)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ inside
