@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,11 +14,13 @@ import threading
 from pathlib import Path
 
 import pytest
-
-from burnish.run import hash_file
 from forked import Reference, events, finish, forked, log_of, reference
 
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed: no faults can be injected at system calls")
+from burnish.run import hash_file
+
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None, reason="strace is not installed: no faults can be injected at system calls"
+)
 CALLS = ("fsync", "rename", "renameat", "write", "openat")  # a machine need not have each: `?` in strace's rules
 
 
@@ -50,10 +53,8 @@ def test_killed_at_random_moments(times: int, whole: Reference, tmp_path: Path) 
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def traced(kind: str, run: Path, expected: Reference, rule: str) -> int:
@@ -174,7 +175,11 @@ def test_a_name_appears_only_after_what_it_holds_is_on_the_disk(short: Reference
             synced.add(opened.get(found[1], "?"))
             if waiting is not None and opened.get(found[1]) == waiting:
                 waiting = None
-        elif (found := re.search(r'rename\w*\((?:AT_FDCWD, )?"([^"]+)", (?:AT_FDCWD, )?"([^"]+)".*\) = 0', line)) and "/checkpoints/" in found[2] and ".old" not in found[2]:
+        elif (
+            (found := re.search(r'rename\w*\((?:AT_FDCWD, )?"([^"]+)", (?:AT_FDCWD, )?"([^"]+)".*\) = 0', line))
+            and "/checkpoints/" in found[2]
+            and ".old" not in found[2]
+        ):
             assert waiting is None, f"{waiting} was not fsynced after its last rename"
             assert found[1] in synced, f"{found[1]} was renamed before its own fsync"
             files = {path for path in opened.values() if path.startswith(found[1] + "/")}
