@@ -9,6 +9,7 @@ from burnish.models.attention import Segment, attend_by_segment
 from burnish.models.chat import IGNORED, Chat, make_chat, tokens_of
 from burnish.models.fused import fuse
 from burnish.models.generate import Generation, Limits, generate
+from burnish.models.int8 import pack_base
 from burnish.models.layers import choose_layers, decoder_layers
 from burnish.models.likelihood import negative_log_likelihood
 from burnish.models.load import (
@@ -33,6 +34,6 @@ __all__ = [
     "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Limits", "Merged", "Segment",
     "attend_by_segment", "base_state", "choose_layers", "context_window", "decoder_layers", "find_model", "fuse", "generate",
     "is_quantized", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
-    "negative_log_likelihood", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",
+    "negative_log_likelihood", "pack_base", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",
     "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "weights_hash",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from burnish.models import IGNORED, attend_by_segment, fuse
+from burnish.errors import RecipeError
+from burnish.models import IGNORED, attend_by_segment, fuse, pack_base
 from burnish.recipe import Recipe
 from burnish.training.loss import summed_loss
 from burnish.training.pack import Paths, flatten
@@ -24,9 +25,16 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
     `sequences`: some of the training's, for the proofs.
     """
     engine = recipe.engine
+    pair = _two_short(sequences)
+    if engine.base_products == "int8":
+        if not engine.fused_layers:
+            raise RecipeError(
+                "engine.base_products: int8 works inside fused layers: set engine.fused_layers: true, or base_products: native"
+            )
+        packed, looked_at = pack_base(model, lambda: _loss(model, list(pair), Paths()))
+        tell("8-bit products", 0, 0, f"of {packed} of {looked_at} frozen layers, those within 2.5 % on two rows: faster, not exact")
     if engine.fused_layers:
         fuse(model)
-    pair = _two_short(sequences)
     by_segment = engine.document_attention and attend_by_segment(model) and _segments_hold(model, pair)
     if engine.document_attention and not by_segment:
         tell("attention", 0, 0, "this model's attention does not follow segments: packed sequences get a dense mask, which is slower")
