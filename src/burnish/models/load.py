@@ -68,7 +68,7 @@ def load_base(recipe: Recipe, tell: Tell = silent, *, quantizer: str | None = No
     if recipe.training.method != "qlora":
         return load_model(recipe.model, tell)
     folder = Path(find_model(recipe.model.name, tell))
-    name = quantizer or quantizer_for(recipe)
+    name = quantizer or choose_quantizer(resolve_device(recipe.model.device), folder)
     if name == "gguf" and not any(folder.glob("*.gguf")):
         raise ModelError(f"{recipe.model.name}: trained on the weights of a .gguf file, and there is none in {folder}")
     tell("4-bit base", 0, 0, QUANTIZERS[name].title)

@@ -66,7 +66,7 @@ def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool 
     manifest = verify_adapter(folder, base_sha256)
     if is_whole(folder):
         device = "mps" if model.device.type == "mps" else str(model.device)
-        section = ModelSection(name=str(folder), dtype=str(model.dtype).removeprefix("torch."), device=device)  # type: ignore[arg-type]
+        section = ModelSection.model_validate({"name": str(folder), "dtype": str(model.dtype).removeprefix("torch."), "device": device})
         return read_weights(folder, section)
     if manifest.get("quantizer") != quantizer_of(model) and not any_base:
         raise ModelError(
