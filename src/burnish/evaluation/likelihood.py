@@ -65,7 +65,7 @@ def measure_text(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, *, trai
 
 def compare_text(run: Run, recipe: Recipe, test: Sequence[Example]) -> dict[str, Any]:
     """What comparison.json holds, from the bits in the run. Raises DataError where documents are missing."""
-    names = [name for name in recipe.evaluation.candidates if name in TEXT_CANDIDATES]
+    names: list[str] = [name for name in recipe.evaluation.candidates if name in TEXT_CANDIDATES]
     measured = {name: _complete(run, name, test) for name in names}
     values: dict[str, list[float]] = {name: [row["bits"] / row["bytes"] for row in rows] for name, rows in measured.items()}
     groups = [example.group for example in test]

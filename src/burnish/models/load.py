@@ -68,8 +68,7 @@ def load_base(recipe: Recipe, tell: Tell = silent, *, quantizer: str | None = No
     if recipe.training.method != "qlora":
         return load_model(recipe.model, tell)
     folder = Path(find_model(recipe.model.name, tell))
-    name = quantizer or quantizer_for(recipe)
-    assert name is not None  # the method is qlora
+    name = quantizer or choose_quantizer(resolve_device(recipe.model.device), folder)
     if name == "gguf" and not any(folder.glob("*.gguf")):
         raise ModelError(f"{recipe.model.name}: trained on the weights of a .gguf file, and there is none in {folder}")
     tell("4-bit base", 0, 0, QUANTIZERS[name].title)
@@ -215,8 +214,8 @@ def _gguf(folder: Path, *, wanted: bool = False) -> dict[str, str]:
     """{"gguf_file": NAME} where the folder's weights are a .gguf file (`wanted`: also where safetensors lie beside it), else {}."""
     if not wanted and any(folder.glob("*.safetensors")):
         return {}
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    return {"gguf_file": files[0]} if files else {}
+    files = sorted(folder.glob("*.gguf"))
+    return {"gguf_file": files[0].name} if files else {}
 
 
 def _checked_gguf(path: Path) -> Path:

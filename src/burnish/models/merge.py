@@ -25,7 +25,7 @@ from burnish.models.chat import Chat
 from burnish.models.load import find_model, load_base, read_weights, stored_dtype, weights_hash
 from burnish.models.quiet import quiet
 from burnish.models.save import is_whole, load_adapter, trained_hash, verify_adapter, write_beside
-from burnish.recipe import ModelSection, Recipe
+from burnish.recipe import Recipe
 from burnish.run import write_folder
 from burnish.types import Tell, silent
 
@@ -90,9 +90,7 @@ def merge_adapter(recipe: Recipe, adapter: Path, chat: Chat, output: Path, probe
         facts = {"method": "merged", "base_model": recipe.model.name, "base_sha256": base_sha256, "adapter_sha256": trained_hash(manifest)}
         write_beside(aside, chat, {**facts, "step": manifest.get("step"), **_quantizer(manifest)})
         tell("merging", 3, 4, "reading it back and comparing")
-        found = _logits(
-            read_weights(aside, ModelSection.model_validate({"name": str(aside), "dtype": "float32", "device": wide.device})), probe
-        )
+        found = _logits(read_weights(aside, wide.model_copy(update={"name": str(aside)})), probe)
         result = _compare(found, tuned, base, dtype=dtype, folder=output)
         if trained is not None:
             agreement = float((found.argmax(-1) == trained.argmax(-1)).float().mean())
@@ -108,7 +106,8 @@ def _merged(model: Any, dtype: torch.dtype) -> Any:
     for module in list(model.modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)  # refuses a NaN
-    return model.merge_and_unload().to(dtype)
+    with quiet():  # PEFT warns that there is nothing left to merge
+        return model.merge_and_unload().to(dtype)
 
 
 def _compare(found: Tensor, tuned: Tensor, base: Tensor, *, dtype: str, folder: Path) -> Merged:

@@ -76,7 +76,11 @@ def _torchao_dequantized(module: Any) -> Tensor:
     return module.weight.get_original_weight().float()
 
 
-def _held(module: Any) -> Tensor:
+def _as_it_is(linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def _plain_matrix(module: Any) -> Tensor:
     return module.weight.float()
 
 
@@ -84,7 +88,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "bitsandbytes": Quantizer("nf4 by bitsandbytes, 4.13 bits a weight", _bitsandbytes_linear, _bitsandbytes_dequantized),
     "torchao": Quantizer("nf4 by torchao, 4.13 bits a weight", _torchao_linear, _torchao_dequantized),
     # Nothing to convert: the file is quantised already, and the layers hold what it stands for.
-    "gguf": Quantizer("GGUF blocks of the file, held de-quantised", lambda linear: linear, _held),
+    "gguf": Quantizer("GGUF blocks of the file, held de-quantised", _as_it_is, _plain_matrix),
 }
 
 
