@@ -239,6 +239,17 @@ def test_a_broken_replay_row_is_named(write_rows: Callable[..., Path]) -> None:
         prepared(write_rows(colour_rows(120)), training={"replay_data": str(general)})
 
 
+def test_plain_text_may_be_replayed_beside_plain_text(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "general").mkdir()
+    (tmp_path / "general" / "a.txt").write_text("a general text")
+    documents = write_rows([{"text": f"document {n}"} for n in range(30)], "documents.jsonl")
+    texts = write_rows([{"text": "another general text"}], "texts.jsonl")
+    answers = write_rows([{"prompt": "q", "completion": "a"}], "answers.jsonl")
+    for general, kind in ((tmp_path / "general", "text"), (texts, "text"), (answers, None)):
+        _, rows = loaded(documents, training={"objective": "text", "replay_data": str(general)})
+        assert [example.metadata.get("kind") for example in rows.splits[data.REPLAY]] == [kind]
+
+
 def test_embedded_rows_may_be_replayed(write_rows: Callable[..., Path]) -> None:
     pytest.importorskip("hassil", reason="needs the extra `demo`")
     _, rows = loaded(write_rows(colour_rows(120)), training={"replay_data": "demo:home-assistant/en"})

@@ -17,7 +17,7 @@ from typing import Any
 from burnish.data import home_assistant
 from burnish.data.check import Checked, FindControl, Tokenize, check_examples, statistics, token_lengths
 from burnish.data.formats import FORMATS, make_example, recognise, to_examples
-from burnish.data.read import parse_json, read_documents, read_rows
+from burnish.data.read import DOCUMENTS, parse_json, read_documents, read_rows
 from burnish.data.rows import Rows
 from burnish.data.split import find_overlap, split_by_group, take
 from burnish.errors import DataError, Problem
@@ -161,7 +161,15 @@ def _load_replay(loaded: Loaded, recipe: Recipe) -> None:
         loaded.sources += [{**source, "split": REPLAY} for source in embedded.sources if source["split"] == "train"]
         loaded.attribution = embedded.attribution
         return
-    _read_split(loaded, REPLAY, data, name)
+    _read_split(loaded, REPLAY, data, name, plain=recipe.training.objective == "text" and _is_plain(name))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether general rows beside plain text are plain text too; they may as well be questions and answers."""
+    path = Path(name)
+    if path.is_dir() or path.suffix.lower() in DOCUMENTS:
+        return True
+    return all("text" in row.content for row in read_rows(name).rows[:20])
 
 
 def _check_pairs(checked: Checked, source: dict[str, Any], objective: str) -> None:
