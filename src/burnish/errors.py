@@ -5,6 +5,7 @@
     ├── DataError        2   the rows are wrong, or too few, or not there
     ├── ModelError       2   weights, tokenizer or template are missing, foreign or unsafe
     ├── TrainingError    1   training could not go on (diverged, nothing to train, disk full)
+    │   └── GateError    3   a stage did not pass its gate: an answer, with its numbers; what came before it is kept
     └── ServingError     1   an export or a request could not be served
 
 A message says what was found, where, what was expected and what to do. All problems of one input travel in one error.
@@ -79,6 +80,10 @@ class ModelError(BurnishError):
 
 class TrainingError(BurnishError):
     pass
+
+
+class GateError(TrainingError):
+    exit_code = EXIT_GATE_SAID_NO
 
 
 class ServingError(BurnishError):

@@ -16,9 +16,9 @@ from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
 from burnish.models import Chat, Limits, load_adapter, load_model, weights_hash
-from burnish.recipe import Recipe
+from burnish.recipe import ModelSection, Recipe
 from burnish.run import Run, hash_file, hash_of
-from burnish.tasks import Task, find_metric
+from burnish.tasks import Metric, Task, find_metric, measure, task_for
 from burnish.types import Dataset, Example, Tell, silent
 
 _LONGEST_CONTEXT_TOKENS = 4096  # of a baseline's prompt, even where the model could read more: it is what measuring costs
@@ -30,8 +30,9 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     if not names:
         return
-    model = load_model(recipe.model, tell)
-    identity = weights_hash(recipe.model.name)
+    base = tuned_base(run, recipe) if trained else recipe.model
+    model = load_model(base, tell)
+    identity = weights_hash(base.name)
     if trained:
         model = load_adapter(model, run.adapter_folder, identity)
         identity = hash_of(identity, hash_file(run.adapter_folder / "adapter_model.safetensors"))
@@ -45,6 +46,23 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
         setting = Setting(**chosen[name]) if name in chosen else Setting()
         kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
+
+
+def tuned_base(run: Run, recipe: Recipe) -> ModelSection:
+    """The weights that the run's adapter belongs to: the recipe's model, or what earlier stages of a chain left, merged, in the run's folder."""
+    folder = run.read_json(run.training_file).get("base_folder")
+    return recipe.model if folder is None else recipe.model.model_copy(update={"name": str(run.path / folder)})
+
+
+def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
+    """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    task = task_for(metric.name, [example.reference for example in dataset.train])
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_CONTEXT_TOKENS)
+    options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
+    rows = dataset.validation
+    made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
+    return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
 
 
 def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
@@ -81,4 +99,4 @@ def _choose(
     return dict(found["chosen"])
 
 
-__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for"]
+__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for", "tuned_base", "validation_score"]

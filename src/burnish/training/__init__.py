@@ -12,20 +12,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from burnish.errors import TrainingError
-from burnish.models import METHODS, Chat, load_model, trainable_parameters, verify_adapter, weights_hash
+from burnish.models import Chat, trainable_parameters, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, append_line
 from burnish.training.checkpoint import save_adapter
 from burnish.training.loop import Hooks, peak_memory_bytes, run_loop
+from burnish.training.rate import RangeTest, range_test
+from burnish.training.stages import BASE, MEASURED_ROWS, Start, adopt, carries_on, drawn, judge_gate, measure_losses, merge, start_model
+from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, sweep
+from burnish.training.trial import trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
-def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = silent) -> dict[str, Any]:
+def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = silent, *, start: Start = BASE) -> dict[str, Any]:
     """Train and keep the best checkpoint. Returns the summary that is also written to training/summary.json."""
     started = time.perf_counter()
     sequences, validation = tokenize_all(chat, dataset.train), tokenize_all(chat, dataset.validation)
     sources = [example.source for example in dataset.train for _ in chat.training_tokens(example)]
-    model = METHODS[recipe.training.method](load_model(recipe.model, tell), recipe)
+    model = start_model(recipe, start, tell)
     base_sha256 = weights_hash(recipe.model.name)
     before = _fingerprint(model)
     run.metrics_file.unlink(missing_ok=True)  # training starts at step 0: rows of a run that was cut off do not belong to it
@@ -85,4 +89,7 @@ def _fingerprint(model: Any) -> list[float]:
     return [float(parameter.detach().double().sum()) for parameter in trainable_parameters(model).values()]
 
 
-__all__ = ["tokenize_all", "train"]
+__all__ = [
+    "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "best_of", "carries_on", "changed", "default_space", "drawn", "judge_gate",
+    "measure_losses", "merge", "parse_space", "range_test", "start_model", "sweep", "tokenize_all", "train", "trial_runner",
+]  # fmt: skip

@@ -1,0 +1,190 @@
+"""Training in stages: each a run of its own under stages/NAME, continuing from the one before, with a gate after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from burnish import data as data_room
+from burnish import evaluation, training
+from burnish.errors import GateError
+from burnish.models import Chat, load_adapter, load_chat, load_model, weights_hash
+from burnish.pipeline.steps import SPLITS, checked_rows, dataset_of, prepare, task_of, train_once
+from burnish.recipe import DataSection, ModelSection, StageSection, stage_recipes
+from burnish.run import Run, hash_of
+from burnish.tasks import find_metric
+from burnish.training import BASE, Start
+from burnish.types import Dataset, Example, Tell, silent
+
+TASK, RETAINED = "the run's own rows", "rows to be retained"
+
+
+def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, tell: Tell = silent) -> dict[str, Any]:
+    """Fine-tune, in one training or in the recipe's stages; what is best becomes the run's adapter. Returns the summary.
+
+    Raises GateError where a stage does not pass its gate; what the stages before it left stays in their folders.
+    """
+    dataset, recipe = dataset or dataset_of(job), job.recipe()
+    chat = chat or load_chat(recipe.model, tell)
+    if not recipe.stages:
+        return train_once(job, dataset=dataset, chat=chat, tell=tell)
+    inputs = hash_of(
+        recipe.to_dict(), [dataset.manifest["splits"][split]["file_sha256"] for split in SPLITS], weights_hash(recipe.model.name)
+    )
+    if job.step_done("train", inputs) and job.adapter_folder.exists():
+        return dict(job.read_json(job.training_file))
+    with job.step("train", inputs), ExitStack() as locks:
+        stages = []
+        # All rows before the first step: what is wrong with the last stage's should not wait for the first one's training.
+        for stage, own in zip(recipe.stages, stage_recipes(job.recipe_as_asked()), strict=True):
+            place = locks.enter_context(Run.working(job.stage_folder(stage.name), own))
+            rows = prepare(place, chat=chat, apart=dataset, tell=_titled(stage.name, tell))
+            stages.append(_hold_back(_Stage(stage, place, rows), chat, tell))
+        return _train_stages(job, dataset, stages, chat, tell)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    section: StageSection
+    job: Run
+    dataset: Dataset
+    retained: tuple[Example, ...] = ()  # rows for the gate; none of them is trained on
+
+    @property
+    def name(self) -> str:
+        return self.section.name
+
+
+def _train_stages(job: Run, dataset: Dataset, stages: Sequence[_Stage], chat: Chat, tell: Tell) -> dict[str, Any]:
+    sets = {stage.name: training.drawn(stage.dataset.validation, job.recipe().seed) for stage in stages}
+    sets[TASK] = training.drawn(dataset.validation, job.recipe().seed)
+    told: dict[str, Any] = {"rows": {name: len(rows) for name, rows in sets.items()}, "states": [], "stages": [], "stopped_at": None}
+    told["measured"] = job.read_json(job.stages_file)["measured"] if job.stages_file.exists() else {}
+    start, summaries = BASE, []
+    for index, stage in enumerate(stages):
+        tell(f"stage {index + 1} of {len(stages)}", 0, 0, stage.name)
+        before = _state(stage, sets, start, chat, known=told["measured"], tell=tell)
+        summary = train_once(stage.job, dataset=stage.dataset, chat=chat, start=start, tell=_titled(stage.name, tell))
+        summaries.append(summary)
+        left = replace(start, adapter=stage.job.adapter_folder, sha256=summary["adapter_sha256"])
+        after = _state(stage, sets, left, chat, known=told["measured"], tell=tell)
+        row = _row(stage, summary, before, after, carried=start.adapter is not None)
+        told["states"] += [{"after": stage.name, **after}] if index else [{"after": None, **before}, {"after": stage.name, **after}]
+        told["stages"].append(row)
+        passed = row["gate"] is None or row["gate"]["passed"]
+        job.write_json(job.stages_file, {**told, "stopped_at": None if passed else stage.name})
+        if not passed:
+            raise GateError(
+                f"stage {stage.name} did not pass its gate: {row['gate']['sentence']}. The chain stops here; "
+                f"the adapters of the stages so far are in {job.path / 'stages'}/*/adapter, the numbers in {job.stages_file}"
+            )
+        gains = f"its own rows {row['before']:.4f} → {row['after']:.4f}, {TASK} {row['task_before']:.4f} → {row['task_after']:.4f}"
+        tell(f"stage {stage.name}", 0, 0, f"validation loss of {gains}")
+        start = left if index + 1 == len(stages) else _next_start(stage, stages[index + 1], left, tell)
+    return _finish(job, stages[-1], summaries, start)
+
+
+def _next_start(stage: _Stage, following: _Stage, left: Start, tell: Tell) -> Start:
+    """The adapter is trained on where the next stage has the same shape; else it is merged into the base that the next one starts from."""
+    if training.carries_on(stage.job.recipe(), following.job.recipe()):
+        return left
+    folder = following.job.path / "base"
+    training.merge(_model_of(stage, left), Path(str(left.adapter)), folder, tell)
+    return Start(base=str(folder), sha256=weights_hash(str(folder)))
+
+
+def _model_of(stage: _Stage, start: Start) -> ModelSection:
+    model = stage.job.recipe().model
+    return model if start.base is None else model.model_copy(update={"name": start.base})
+
+
+def _state(
+    stage: _Stage, sets: dict[str, list[Example]], start: Start, chat: Chat, *, known: dict[str, float], tell: Tell
+) -> dict[str, Any]:
+    """At one point of the chain: the loss of every stage's validation rows, and what this stage's gate looks at. Nothing is measured twice:
+    `known` maps a hash of weights and rows to the number, and grows."""
+    recipe, model_section, gate = stage.job.recipe(), _model_of(stage, start), stage.section.gate
+    weights = [weights_hash(model_section.name), start.sha256 if start.adapter is not None else ""]
+    measured = {**sets, **({RETAINED: list(stage.retained)} if stage.retained else {})}
+    keys = {name: hash_of(weights, [example.id for example in rows]) for name, rows in measured.items()}
+    own = replace(stage.dataset, validation=tuple(sets[stage.name]))
+    score_key = (
+        hash_of("score", keys[stage.name], recipe.to_dict()["evaluation"])
+        if gate is not None and gate.measure == "validation_score"
+        else None
+    )
+    missing = {name: rows for name, rows in measured.items() if keys[name] not in known}
+    if missing or (score_key is not None and score_key not in known):
+        model = load_model(model_section, tell)
+        if start.adapter is not None:
+            model = load_adapter(model, start.adapter, weights[0])
+        losses = training.measure_losses(model, missing, chat, at_once=int(recipe.training.micro_batch_size), tell=tell)
+        known.update({keys[name]: loss for name, loss in losses.items()})
+        if score_key is not None and score_key not in known:
+            metric = find_metric(task_of(recipe, own).metric)
+            known[score_key] = evaluation.validation_score(model, own, recipe, chat, metric, tell) or 0.0
+    return {"losses": {name: known[key] for name, key in keys.items()}, "score": known.get(score_key or "")}
+
+
+def _row(stage: _Stage, summary: dict[str, Any], before: dict[str, Any], after: dict[str, Any], *, carried: bool) -> dict[str, Any]:
+    """One line of the table of what each stage brought."""
+    gate, result = stage.section.gate, None
+    if gate is not None:
+        name = stage.name if gate.measure == "validation_loss" else RETAINED
+        pair = [state["score"] if gate.measure == "validation_score" else state["losses"][name] for state in (before, after)]
+        result = training.judge_gate(gate, *pair)
+    kept = ("method", "steps", "planned_steps", "seconds", "learning_rate", "best_step", "examples", "target_tokens")
+    return {
+        "name": stage.name,
+        **{key: summary.get(key) for key in kept},
+        "rows": len(stage.dataset.train),
+        "source": stage.job.recipe().data.train,
+        "continues": "the adapter before" if carried else "a fresh adapter",
+        "before": before["losses"][stage.name],
+        "after": after["losses"][stage.name],
+        "task_before": before["losses"][TASK],
+        "task_after": after["losses"][TASK],
+        "score_before": before["score"],
+        "score_after": after["score"],
+        "gate": result,
+    }
+
+
+def _finish(job: Run, last: _Stage, summaries: Sequence[dict[str, Any]], start: Start) -> dict[str, Any]:
+    """The last stage's adapter and curve become the run's; the time is that of all stages."""
+    training.adopt(job.adapter_folder, last.job.adapter_folder)
+    job.write_text(job.metrics_file, last.job.metrics_file.read_text(encoding="utf-8"))
+    base = {} if start.base is None else {"base_folder": str(Path(start.base).relative_to(job.path))}
+    total = round(sum(float(summary["seconds"]) for summary in summaries), 2)
+    summary = {**summaries[-1], "seconds": total, "stages": len(summaries), **base}
+    job.write_json(job.training_file, summary)
+    return summary
+
+
+def _hold_back(stage: _Stage, chat: Chat, tell: Tell) -> _Stage:
+    """The rows that a retention gate looks at: of its own file, or a share of the replayed rows that is then not trained on."""
+    gate = stage.section.gate
+    if gate is None or gate.measure != "retention_loss":
+        return stage
+    recipe = stage.job.recipe()
+    if gate.data is not None:
+        general = recipe.model_copy(
+            update={
+                "data": DataSection(train=gate.data, max_length=recipe.data.max_length, over_length="drop"),
+                "training": recipe.training.model_copy(update={"replay_data": None, "objective": "supervised"}),
+            }
+        )
+        rows = [example for part in checked_rows(general, chat, tell).values() for example in part.examples]
+        return replace(stage, retained=tuple(training.drawn(rows, recipe.seed)))
+    replay = stage.dataset.replay
+    held = data_room.take(replay, min(training.MEASURED_ROWS, max(1, len(replay) // 5)), recipe.seed)
+    chosen = {example.id for example in held}
+    left = tuple(example for example in replay if example.id not in chosen)
+    return replace(stage, retained=tuple(held), dataset=replace(stage.dataset, replay=left))
+
+
+def _titled(name: str, tell: Tell) -> Tell:
+    return lambda what, done, total, detail: tell(f"{name}: {what}", done, total, detail)
