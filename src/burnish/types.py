@@ -7,7 +7,7 @@ wire format. Everything a step hands to the next is one of the types below.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -38,6 +38,7 @@ class Example:
     group: str  # rows of one group never part at a split (a source, a template, a user); the id where no group is known
     source: str  # file:line, for errors and the report
     metadata: dict[str, Any] = field(default_factory=dict)
+    rejected: str | None = None  # of a preference pair: the worse answer; the messages hold the better one
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -57,6 +58,14 @@ class Example:
                 return str(message["content"])
         return ""
 
+    @property
+    def worse(self) -> Example | None:
+        """The same conversation with the rejected answer in the reference's place; None where there is none."""
+        if self.rejected is None:
+            return None
+        answer: Message = {**self.messages[self._last_assistant()], "content": self.rejected}
+        return replace(self, messages=(*self.prompt, answer), rejected=None)
+
     def _last_assistant(self) -> int:
         for index in range(len(self.messages) - 1, -1, -1):
             if self.messages[index]["role"] == "assistant":
@@ -70,6 +79,7 @@ class Dataset:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     manifest: dict[str, Any]  # hashes, counts and the reason of every row left out
+    replay: tuple[Example, ...] = ()  # general rows mixed into training against forgetting
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ def check_examples(
     checked = Checked([])
     first_seen: dict[str, Example] = {}
     answers: dict[str, dict[str, str]] = defaultdict(dict)
+    pairs: dict[tuple[str, str, str], str] = {}  # (prompt, better, worse) → source; one prompt may have many
     for number, example in enumerate(examples, 1):
         if number % 500 == 0 or number == len(examples):
             tell("checking rows", number, len(examples), "")
@@ -64,7 +65,13 @@ def check_examples(
         kept = example if tokenize is None else _fit(example, data, tokenize, checked)
         if kept is None:
             continue
-        answers[repr([message["content"] for message in kept.prompt])].setdefault(kept.reference, kept.source)
+        if kept.rejected is None:
+            answers[repr([message["content"] for message in kept.prompt])].setdefault(kept.reference, kept.source)
+        elif opposite := pairs.get((prompt := repr([message["content"] for message in kept.prompt]), kept.rejected, kept.reference)):
+            do = "decide which is right: a model can learn only one"
+            checked.warnings.append(Problem(kept.source, f"prefers the opposite of {opposite}", do))
+        else:
+            pairs[prompt, kept.reference, kept.rejected] = kept.source
         checked.examples.append(kept)
     for by_answer in answers.values():
         if len(by_answer) > 1:
@@ -106,21 +113,32 @@ def token_lengths(examples: Sequence[Example], lengths: dict[str, tuple[int, int
 
 def _control_tokens(example: Example, find_control: FindControl) -> list[Problem]:
     do = "remove it: the template writes control tokens, a text must not"
+    texts = [(f"messages[{index}].content", message["content"]) for index, message in enumerate(example.messages)]
+    texts += [] if example.rejected is None else [("rejected", example.rejected)]
     return [
-        Problem(f"{example.source}:messages[{index}].content", f"the control token {token} inside the text", do)
-        for index, message in enumerate(example.messages)
-        if (token := find_control(message["content"])) is not None
+        Problem(f"{example.source}:{field}", f"the control token {token} inside the text", do)
+        for field, text in texts
+        if (token := find_control(text)) is not None
     ]
+
+
+def _sequences(example: Example, tokenize: Tokenize) -> tuple[list[Tokens], list[Tokens]]:
+    """What the row is computed as, and (of a preference pair) its rejected answer's conversation."""
+    return tokenize(example), tokenize(example.worse) if example.worse is not None else []
+
+
+def _longest(sequences: tuple[list[Tokens], list[Tokens]]) -> int:
+    return max((len(tokens.input_ids) for part in sequences for tokens in part), default=0)
 
 
 def _fit(example: Example, data: DataSection, tokenize: Tokenize, checked: Checked) -> Example | None:
     """Apply data.over_length and refuse a row that trains nothing. None: the row is out (and said so)."""
     try:
-        sequences = tokenize(example)
+        sequences = _sequences(example, tokenize)
     except ModelError as problem:
         checked.problems.append(Problem(example.source, str(problem), "change the row or the template"))
         return None
-    length = max((len(tokens.input_ids) for tokens in sequences), default=0)
+    length = _longest(sequences)
     if length > data.max_length:
         found = f"{length} tokens, over data.max_length {data.max_length}"
         if data.over_length == "error":
@@ -135,9 +153,9 @@ def _fit(example: Example, data: DataSection, tokenize: Tokenize, checked: Check
             checked.warnings.append(Problem(example.source, found, f"left out ({why})"))
             return None
         checked.warnings.append(Problem(example.source, found, "the start of its longest user message was cut"))
-        example, sequences = shorter, tokenize(shorter)
-        length = max(len(tokens.input_ids) for tokens in sequences)
-    targets = sum(tokens.target_tokens for tokens in sequences)
+        example, sequences = shorter, _sequences(shorter, tokenize)
+        length = _longest(sequences)
+    targets = sum(tokens.target_tokens for tokens in sequences[0])
     if targets == 0:
         checked.problems.append(
             Problem(example.source, "no token of this row is trained", "give it an answer, or a weight of 1, or remove it")
@@ -155,10 +173,10 @@ def _truncate_prompt(example: Example, max_length: int, tokenize: Tokenize) -> E
     def cut(keep: int) -> Example:
         messages = list(example.messages)
         messages[index] = {**messages[index], "content": text[len(text) - keep :].lstrip() or "…"}
-        return make_example(messages, source=example.source, group=example.group, metadata=example.metadata)
+        return make_example(messages, source=example.source, group=example.group, metadata=example.metadata, rejected=example.rejected)
 
     def fits(keep: int) -> bool:
-        return max(len(tokens.input_ids) for tokens in tokenize(cut(keep))) <= max_length
+        return _longest(_sequences(cut(keep), tokenize)) <= max_length
 
     low, high = 1, len(text)  # the largest `keep` that fits lies in [low, high)
     if not fits(low):

@@ -5,6 +5,8 @@
     alpaca      {"instruction", "input"?, "output"}                          Stanford Alpaca
     sharegpt    {"conversations": [{"from": "human" | "gpt", "value"}, …]}   ShareGPT, Vicuna
     columns     any columns that the recipe names (data.prompt_column, data.completion_column)
+    preference  {"input": {"messages"}, "preferred_output", "non_preferred_output"}   OpenAI
+                {"prompt"?, "chosen", "rejected"}, texts or lists of messages         TRL
 
 To add a format: write a function row → messages, and add a line to FORMATS; tests/contract/test_formats.py then runs on it.
 """
@@ -35,22 +37,32 @@ _RENAMED_ROLES = {
 _MESSAGE_KEYS = {"role", "content", "weight", "name"}
 
 
+Found = list[tuple[str, str, str]]  # problems of one row: (field, what was found, what to do)
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     keys: tuple[str, ...]  # what a row of this format must have
-    messages: Callable[[dict[str, Any], DataSection, list[tuple[str, str, str]]], list[Message]]
+    messages: Callable[[dict[str, Any], DataSection, Found], list[Message]]
     example: str  # a row, for errors and docs
+    other_keys: tuple[tuple[str, ...], ...] = ()  # other sets of keys that do as well
+    rejected: Callable[[dict[str, Any], Found], str | None] | None = None  # the worse answer, where rows have one
+
+    def missing(self, row: dict[str, Any]) -> list[str]:
+        """Keys that the row lacks: of the set it comes nearest to."""
+        lacking = [[key for key in keys if key not in row] for keys in (self.keys, *self.other_keys)]
+        return min(lacking, key=len)
 
 
-def _chat(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+def _chat(row: dict[str, Any], _: DataSection, problems: Found) -> list[Message]:
     return _message_list(row["messages"], "messages", ("role", "content"), problems)
 
 
-def _sharegpt(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+def _sharegpt(row: dict[str, Any], _: DataSection, problems: Found) -> list[Message]:
     return _message_list(row["conversations"], "conversations", ("from", "value"), problems)
 
 
-def _completion(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+def _completion(row: dict[str, Any], _: DataSection, problems: Found) -> list[Message]:
     # Both forms are in use: plain texts, and lists of messages (TRL's conversational prompt/completion).
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         return [
@@ -60,7 +72,7 @@ def _completion(row: dict[str, Any], _: DataSection, problems: list[tuple[str, s
     return _pair(row, "prompt", "completion", problems)
 
 
-def _alpaca(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+def _alpaca(row: dict[str, Any], _: DataSection, problems: Found) -> list[Message]:
     messages = _pair(row, "instruction", "output", problems)
     extra = row.get("input")
     if isinstance(extra, str) and extra.strip():
@@ -70,7 +82,7 @@ def _alpaca(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, 
     return messages
 
 
-def _columns(row: dict[str, Any], data: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+def _columns(row: dict[str, Any], data: DataSection, problems: Found) -> list[Message]:
     messages = _pair(row, str(data.prompt_column), str(data.completion_column), problems)
     if data.context_column is not None:
         context = row.get(data.context_column)
@@ -87,6 +99,56 @@ def _columns(row: dict[str, Any], data: DataSection, problems: list[tuple[str, s
     return messages
 
 
+def _preference(row: dict[str, Any], _: DataSection, problems: Found) -> list[Message]:
+    """Prompt and better answer. Earlier answers are part of the prompt (weight 0): a preference is about the last one."""
+    prompt, (better, worse) = _preference_parts(row, problems)
+    if better is not None and worse is not None and better.strip() == worse.strip():
+        problems.append((_answer_keys(row)[1], "the same text as the chosen answer", "a pair needs two different answers: remove the row"))
+    context = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in prompt]
+    return [*context, {"role": "assistant", "content": better or ""}]
+
+
+def _rejected(row: dict[str, Any], problems: Found) -> str | None:
+    return _preference_parts(row, [])[1][1]  # its problems were told with the messages
+
+
+def _answer_keys(row: dict[str, Any]) -> tuple[str, str]:
+    return ("preferred_output", "non_preferred_output") if "preferred_output" in row else ("chosen", "rejected")
+
+
+def _preference_parts(row: dict[str, Any], problems: Found) -> tuple[list[Message], tuple[str | None, str | None]]:
+    """(prompt, (better, worse)) of either form."""
+    prompt: list[Message] = []
+    given = row["input"] if "preferred_output" in row else row.get("prompt")
+    if "preferred_output" in row:
+        found = given.get("messages") if isinstance(given, dict) else None
+        prompt = _message_list(found, "input.messages", ("role", "content"), problems)
+    elif isinstance(given, list):
+        prompt = _message_list(given, "prompt", ("role", "content"), problems)
+    elif given is not None:
+        prompt = [_text_message(row, "prompt", "user", problems)]
+    answers: list[str | None] = []
+    prompts: list[list[Message]] = []  # those that stand in the answers, where they are whole conversations
+    for key in _answer_keys(row):
+        if not isinstance(row[key], list):
+            answers.append(_text_message(row, key, "assistant", problems)["content"] or None)
+            prompts.append([])
+            continue
+        messages = _message_list(row[key], key, ("role", "content"), problems)
+        if messages and (messages[-1]["role"] != "assistant" or (len(messages) > 1 and messages[0]["role"] == "assistant")):
+            problems.append((key, "not one assistant message", "write the one answer that is compared"))
+        answers.append(str(messages[-1]["content"]) if messages else None)
+        prompts.append(messages[:-1])
+    if prompts[0] != prompts[1]:
+        problems.append((_answer_keys(row)[1], "follows another conversation than the chosen answer", "both must answer the same prompt"))
+    elif prompts[0]:
+        # TRL's implicit prompt; a `prompt` beside it (UltraFeedback) only repeats its question.
+        if prompt and prompt != prompts[0] and not any(message["content"] == prompt[-1]["content"] for message in prompts[0]):
+            problems.append(("prompt", "not what the answers' conversations begin with", "leave the prompt out of one of them"))
+        prompt = prompts[0]
+    return prompt, (answers[0], answers[1])
+
+
 FORMATS: dict[str, Format] = {
     "chat": Format(("messages",), _chat, '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'),
     "completion": Format(("prompt", "completion"), _completion, '{"prompt": "…", "completion": "…"}'),
@@ -95,6 +157,13 @@ FORMATS: dict[str, Format] = {
         ("conversations",), _sharegpt, '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}'
     ),
     "columns": Format((), _columns, '{"YOUR_PROMPT_COLUMN": "…", "YOUR_COMPLETION_COLUMN": "…"}'),
+    "preference": Format(
+        ("input", "preferred_output", "non_preferred_output"),
+        _preference,
+        '{"prompt": "…", "chosen": "…", "rejected": "a worse …"}',
+        other_keys=(("chosen", "rejected"),),
+        rejected=_rejected,
+    ),
 }
 
 # Pairs of column names that people use; only ever proposed (by errors and `burnish init`), never taken silently.
@@ -113,7 +182,7 @@ def recognise(rows: Sequence[Row], data: DataSection, path: str) -> str:
         return "columns"
     if data.format != "auto":
         return data.format
-    counts = Counter(name for row in rows for name, form in FORMATS.items() if form.keys and all(key in row.content for key in form.keys))
+    counts = Counter(name for row in rows for name, form in FORMATS.items() if form.keys and not form.missing(row.content))
     fitting = [name for name, count in counts.items() if count * 2 > len(rows)]
     if len(fitting) == 1:
         return fitting[0]
@@ -145,8 +214,8 @@ def to_examples(rows: Sequence[Row], format_name: str, data: DataSection) -> tup
     examples: list[Example] = []
     problems: list[Problem] = []
     for row in rows:
-        found: list[tuple[str, str, str]] = []
-        missing = [key for key in form.keys if key not in row.content]
+        found: Found = []
+        missing = form.missing(row.content)
         if missing:
             found.append((missing[0], f"missing (keys found: {', '.join(list(row.content)[:12]) or 'none'})", f"expected {form.example}"))
             messages: list[Message] = []
@@ -166,34 +235,51 @@ def to_examples(rows: Sequence[Row], format_name: str, data: DataSection) -> tup
                 found.append((data.group_column, "missing", "every row needs the group column, or leave data.group_column out"))
         problems += [Problem(f"{row.source}:{field}", what, do) for field, what, do in found]
         if not found:
-            examples.append(make_example(messages, source=row.source, group=None if group is None else str(group)))
+            rejected = form.rejected(row.content, found) if form.rejected is not None else None
+            named = None if group is None else str(group)
+            examples.append(make_example(messages, source=row.source, group=named, rejected=rejected))
     return examples, problems
 
 
-def make_example(messages: Sequence[Message], *, source: str, group: str | None = None, metadata: dict[str, Any] | None = None) -> Example:
-    identity = hashlib.sha256(json.dumps(list(messages), ensure_ascii=False, sort_keys=True).encode("utf-8")).hexdigest()[:16]
-    return Example(identity, tuple(messages), group if group is not None else identity, source, metadata or {})
+def make_example(
+    messages: Sequence[Message],
+    *,
+    source: str,
+    group: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    rejected: str | None = None,
+) -> Example:
+    """The one way to make an Example. Pairs on one prompt are one group: they never part at a split."""
+    identity = _hash(list(messages) if rejected is None else [list(messages), rejected])
+    if group is None:
+        group = identity if rejected is None else _hash(list(messages[:-1]))
+    return Example(identity, tuple(messages), group, source, metadata or {}, rejected)
 
 
-def _pair(row: dict[str, Any], prompt: str, completion: str, problems: list[tuple[str, str, str]]) -> list[Message]:
-    messages: list[Message] = []
-    for role, key in (("user", prompt), ("assistant", completion)):
-        value = row.get(key)
-        if isinstance(value, bool | int | float):
-            value = json.dumps(value)
-        elif isinstance(value, dict | list) and role == "assistant":
-            value = json.dumps(value, ensure_ascii=False)
-        if not isinstance(value, str):
-            what = f"missing (keys found: {', '.join(list(row)[:12]) or 'none'})" if value is None else f"not a text: {str(value)[:40]!r}"
-            problems.append((key, what, "every row needs a text here"))
-            value = ""
-        elif not value.strip():
-            problems.append((key, "empty", "write the text or remove the row"))
-        messages.append({"role": role, "content": value})
-    return messages
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
 
-def _message_list(value: Any, field: str, keys: tuple[str, str], problems: list[tuple[str, str, str]]) -> list[Message]:
+def _pair(row: dict[str, Any], prompt: str, completion: str, problems: Found) -> list[Message]:
+    return [_text_message(row, prompt, "user", problems), _text_message(row, completion, "assistant", problems)]
+
+
+def _text_message(row: dict[str, Any], key: str, role: str, problems: Found) -> Message:
+    value = row.get(key)
+    if isinstance(value, bool | int | float):
+        value = json.dumps(value)
+    elif isinstance(value, dict | list) and role == "assistant":
+        value = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        what = f"missing (keys found: {', '.join(list(row)[:12]) or 'none'})" if value is None else f"not a text: {str(value)[:40]!r}"
+        problems.append((key, what, "every row needs a text here"))
+        value = ""
+    elif not value.strip():
+        problems.append((key, "empty", "write the text or remove the row"))
+    return {"role": role, "content": value}
+
+
+def _message_list(value: Any, field: str, keys: tuple[str, str], problems: Found) -> list[Message]:
     if not isinstance(value, list) or not value:
         problems.append((field, "empty" if value == [] else f"not a list of messages: {str(value)[:40]!r}", "write a list of messages"))
         return []
@@ -236,7 +322,7 @@ def _message_list(value: Any, field: str, keys: tuple[str, str], problems: list[
     return messages
 
 
-def _conversation_problems(messages: Sequence[Message], row: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _conversation_problems(messages: Sequence[Message], row: dict[str, Any]) -> Found:
     """What makes a well-formed conversation useless for training."""
     field = "messages" if "messages" in row else "conversations" if "conversations" in row else next(iter(row), "row")
     roles = [message["role"] for message in messages]

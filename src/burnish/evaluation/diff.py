@@ -21,9 +21,9 @@ def diff_runs(a: Run, b: Run) -> dict[str, Any]:
         "b": str(b.path),
         "recipe": {k: list(v) for k, v in differences(a.recipe(), b.recipe()).items() if k != "name"},
         "data": {
-            split: [f"{part['splits'][split]['rows']} rows, {part['splits'][split]['sha256'][:8]}" for part in (data_a, data_b)]
-            for split in data_a["splits"]
-            if data_a["splits"][split]["sha256"] != data_b["splits"][split]["sha256"]
+            split: [_rows(part, split) for part in (data_a, data_b)]
+            for split in {**data_a["splits"], **data_b["splits"]}
+            if _rows(data_a, split) != _rows(data_b, split)
         },
         "versions": {
             k: [versions_a.get(k), versions_b.get(k)] for k in {**versions_a, **versions_b} if versions_a.get(k) != versions_b.get(k)
@@ -32,6 +32,11 @@ def diff_runs(a: Run, b: Run) -> dict[str, Any]:
         "verdicts": [left["verdict"], right["verdict"]],
         "scores": [_score_row(name, left, right) for name in _names(left, right)],
     }
+
+
+def _rows(manifest: dict[str, Any], split: str) -> str:
+    part = manifest["splits"].get(split)  # replayed rows may stand in one run only
+    return f"{part['rows']} rows, {part['sha256'][:8]}" if part else "none"
 
 
 def _names(left: dict[str, Any], right: dict[str, Any]) -> list[str]:

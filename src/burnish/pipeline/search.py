@@ -8,7 +8,7 @@ from typing import Any
 from burnish import evaluation, report, training
 from burnish.errors import RecipeError
 from burnish.models import Chat, load_chat, weights_hash
-from burnish.pipeline.steps import DEVELOPMENT, prepare_once, rows_of, task_of, with_rate
+from burnish.pipeline.steps import prepare_once, rows_of, task_of, with_rate
 from burnish.recipe import Recipe, dump_recipe, load_recipe
 from burnish.run import Run, hash_of
 from burnish.tasks import find_metric
@@ -27,17 +27,17 @@ def sweep(job: Run, *, over: Sequence[str] = (), aim: Aim | None = None, tell: T
     space = training.parse_space(over, asked) or training.default_space(asked)
     chat = load_chat(asked.model, tell)
     prepare_once(job, chat=chat, tell=tell)
-    dataset = rows_of(job, DEVELOPMENT)
+    dataset = rows_of(job, without=("test",))
     metric = None
     if aim.objective != "validation_loss":
         metric = find_metric(task_of(job.recipe(), dataset).metric if aim.objective == "validation_score" else aim.objective)
     recipe = job.recipe() if "training.learning_rate" in space else with_rate(job, dataset, chat, tell=tell)
     content = {
-        "key": hash_of(recipe.to_dict(), [dataset.manifest["splits"][split]["file_sha256"] for split in DEVELOPMENT], weights_hash(recipe.model.name)),
+        "key": hash_of(recipe.to_dict(), [part["file_sha256"] for split, part in dataset.manifest["splits"].items() if split != "test"], weights_hash(recipe.model.name)),
         "objective": aim.objective,
         "metric_title": "validation loss, nats per token" if metric is None else f"{metric.title}, validation rows",
         "space": {key: str(part) for key, part in space.items()},
-        "rows": {split: len(getattr(dataset, split)) for split in DEVELOPMENT},
+        "rows": {split: len(getattr(dataset, split)) for split in ("train", "validation")},
     }  # fmt: skip
     _refuse_another(job, content)
     job.write_json(job.sweep_file, content)

@@ -11,7 +11,7 @@ from typing import Any
 
 from burnish import data as data_room
 from burnish import evaluation, report, training
-from burnish.data import SPLITS, Checked, Loaded
+from burnish.data import REPLAY, SPLITS, Checked, Loaded
 from burnish.errors import DataError
 from burnish.evaluation import CANDIDATES
 from burnish.models import (
@@ -30,7 +30,6 @@ from burnish.tasks import Task, detect_task, find_metric, task_for
 from burnish.training import BASE, Start
 from burnish.types import Dataset, Tell, silent
 
-DEVELOPMENT = ("train", "validation")  # all that may be looked at before the end
 EXAMPLES_AT_ONCE = 8  # what training.micro_batch_size: auto begins with
 
 
@@ -51,7 +50,7 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     recipe = job.recipe_as_asked()
     others = [] if apart is None else [apart.manifest["splits"][split]["sha256"] for split in ("test", "validation")]
     asked = hash_of(recipe.to_dict(), _tokens_state(recipe), *others)
-    inputs = hash_of(asked, [_fingerprint(getattr(recipe.data, split)) for split in SPLITS])
+    inputs = hash_of(asked, [_fingerprint(name) for name in _data_files(recipe)])
     if job.step_done("prepare", inputs):
         return None
     if gone := _gone(job, recipe, asked):
@@ -63,15 +62,17 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
         chat = chat or load_chat(recipe.model, tell)
         dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat, tell), recipe, apart=apart)
         resolved = job.resolve(_resolved_values(recipe, dataset, chat))
-        for split in SPLITS:
+        for split in dataset.manifest["splits"]:
             job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
             dataset.manifest["splits"][split]["file_sha256"] = hash_file(job.split_file(split))
         job.write_json(job.manifest_file, dataset.manifest)
         entry["asked"] = asked
-        entry["rows"] = {split: len(getattr(dataset, split)) for split in SPLITS}
-    counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in SPLITS)
+        entry["rows"] = {split: len(getattr(dataset, split)) for split in dataset.manifest["splits"]}
+    counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in dataset.manifest["splits"])
     removed = "".join(f", {count} left out ({reason})" for reason, count in dataset.manifest["removed_counts"].items())
     tell("prepared", 0, 0, counts + removed)
+    if resolved.training.objective != "preference" and any(example.rejected is not None for example in dataset.train):
+        tell("rejected answers", 0, 0, "not used: the chosen ones are trained. training.objective: preference trains on both")
     metric = find_metric(resolved.task.metric)
     shown = evaluation.detectable(len(dataset.test), resolved, metric)
     points = "no difference at all; get more test rows" if shown is None else f"differences of about {100 * shown:.0f} points or more"
@@ -145,7 +146,8 @@ def _training_inputs(recipe: Recipe, dataset: Dataset, start: Start) -> str:
     parts = recipe.to_dict()
     settings = {key: parts[key] for key in ("seed", "model", "lora", "training")}
     begin = [start.sha256] if start.sha256 else []
-    return hash_of(settings, _splits(dataset, DEVELOPMENT), weights_hash(recipe.model.name), _tokens_state(recipe), *begin)
+    read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
+    return hash_of(settings, _splits(dataset, read), weights_hash(recipe.model.name), _tokens_state(recipe), *begin)
 
 
 def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
@@ -172,22 +174,23 @@ def write_report(job: Run, *, tell: Tell = silent) -> Path:
 
 def dataset_of(job: Run) -> Dataset:
     """What `prepare` wrote. Raises DataError where a file was changed since: its rows would no longer be those of the manifest."""
-    return rows_of(job, SPLITS)
+    return rows_of(job)
 
 
-def rows_of(job: Run, splits: Sequence[str]) -> Dataset:
-    """The splits that are named; the others stay empty and their files unread."""
+def rows_of(job: Run, *, without: Sequence[str] = ()) -> Dataset:
+    """As `dataset_of`; the splits `without` stay empty and their files unread."""
     manifest = job.read_json(job.manifest_file)
     changed = [
         split
-        for split in splits
-        if not job.split_file(split).exists() or hash_file(job.split_file(split)) != manifest["splits"][split].get("file_sha256")
+        for split in manifest["splits"]
+        if split not in without
+        and (not job.split_file(split).exists() or hash_file(job.split_file(split)) != manifest["splits"][split].get("file_sha256"))
     ]
     if changed:
         names = ", ".join(str(job.split_file(split)) for split in changed)
         raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
-    parts = {split: tuple(data_room.read_split(job.split_file(split))) if split in splits else () for split in SPLITS}
-    return Dataset(parts["train"], parts["validation"], parts["test"], manifest)
+    parts = {split: () if split in without else tuple(data_room.read_split(job.split_file(split))) for split in manifest["splits"]}
+    return Dataset(parts["train"], parts["validation"], parts["test"], manifest, parts.get(REPLAY, ()))
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:
@@ -279,8 +282,11 @@ def _gone(job: Run, recipe: Recipe, asked: str) -> str | None:
     entry = job.status()["steps"].get("prepare", {})
     if entry.get("state") != "done" or entry.get("asked") != asked:
         return None
-    names = [getattr(recipe.data, split) for split in SPLITS]
-    return next((name for name in names if name and not name.startswith(("demo:", "hub:")) and not Path(name).exists()), None)
+    return next((name for name in _data_files(recipe) if name and not name.startswith(("demo:", "hub:")) and not Path(name).exists()), None)
+
+
+def _data_files(recipe: Recipe) -> list[str | None]:
+    return [*(getattr(recipe.data, split) for split in SPLITS), recipe.training.replay_data]
 
 
 def _fingerprint(name: str | None) -> str:

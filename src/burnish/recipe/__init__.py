@@ -218,6 +218,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
         holders += [(data, key) for key in ("train", "validation", "test")]
     elif isinstance(data, str):
         holders.append((content, "data"))
+    training = content.get("training")
+    if isinstance(training, dict):
+        holders.append((training, "replay_data"))
     task = content.get("task")
     if isinstance(task, dict) and ".py:" in str(task.get("metric")):
         holders.append((task, "metric"))
@@ -231,7 +234,11 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
             continue
         anchored = folder / value
         # Model and template names are only paths where such a path exists or is plainly meant.
-        if key in ("train", "validation", "test", "data", "metric") or value.startswith((".", "/")) or (anchored.exists() and "/" in value):
+        if (
+            key in ("train", "validation", "test", "data", "metric", "replay_data")
+            or value.startswith((".", "/"))
+            or (anchored.exists() and "/" in value)
+        ):
             holder[key] = str(Path(anchored).resolve()) if not value.startswith("~") else str(Path(value).expanduser())
 
 

@@ -249,6 +249,31 @@ class Recipe(_Section):
                 )
         if data.validation is None and data.test is None and data.validation_fraction + data.test_fraction >= 0.9:
             raise ValueError("data.validation_fraction + data.test_fraction leave too little to train on")
+        self._against_forgetting()
+        self._chained()
+        return self
+
+    def _against_forgetting(self) -> None:
+        training = self.training
+        if training.objective == "preference":
+            if self.data.format not in ("auto", "preference") or self.data.train.startswith("demo:"):
+                raise ValueError(
+                    f"training.objective: preference needs rows with a chosen and a rejected answer, which data ({self.data.train}, "
+                    f"format {self.data.format}) cannot have: give data.format preference or auto, or set training.objective: supervised"
+                )
+            given = [key for key, unset in (("replay_data", None), ("kl_weight", 0.0)) if getattr(training, key) != unset]
+            if given:
+                raise ValueError(
+                    f"training.{given[0]} goes with training.objective supervised or text: a preference is held near its start by "
+                    "training.preference_beta already. Leave it out"
+                )
+        if training.kl_weight and training.method == "full":
+            raise ValueError(
+                "training.kl_weight compares with the base model, which is the model without its adapter; training.method full has none. "
+                "Choose lora, rslora, dora or qlora, or set kl_weight: 0"
+            )
+
+    def _chained(self) -> None:
         names = [stage.name for stage in self.stages or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"stages: a name is given twice ({', '.join(names)}); each stage has a folder of its own")
@@ -256,7 +281,6 @@ class Recipe(_Section):
             replay = stage.training.get("replay_data", self.training.replay_data)
             if stage.gate is not None and stage.gate.measure == "retention_loss" and stage.gate.data is None and replay is None:
                 raise ValueError(f"stages.{stage.name}.gate: retention_loss needs rows: give the gate `data`, or training.replay_data")
-        return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -1,24 +1,34 @@
 """What a step lowers. The loop knows only this form: count what is counted, take a micro-batch backward, measure without gradients.
 
-OBJECTIVES is the table. To add one: write a class of the form `Objective` and add a line.
+OBJECTIVES is the table. To add one: write a class of the form `Objective` and add a line; tests/contract/test_objectives.py then runs on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from burnish.models import Chat
+from burnish.recipe import TrainingSection
+from burnish.training.divergence import held_losses
 from burnish.training.loss import summed_loss
 from burnish.training.pack import flatten
-from burnish.types import Tokens
+from burnish.training.preference import Preference
+from burnish.types import Example, Tokens
 
 
 class Objective(Protocol):
     """Items are what one row becomes: Tokens, or a pair of them."""
 
     unit: str  # what a loss is divided by: "target token", "pair"
+
+    def items(self, chat: Chat, example: Example) -> list[Any]:
+        """What a row is trained as."""
+
+    def sequences(self, item: Any) -> list[Tokens]:
+        """What is computed for an item, in the order in which it is packed."""
 
     def length(self, item: Any) -> int:
         """Tokens that the item costs."""
@@ -32,11 +42,20 @@ class Objective(Protocol):
     def summed(self, model: Any, items: Sequence[Any]) -> float:
         """Σ loss without gradients."""
 
+    def figures(self) -> dict[str, float]:
+        """What else was seen since the last call, summed like the loss: divide by the same count, and log it."""
+
 
 class Supervised:
     """Cross-entropy of the target tokens, nats."""
 
     unit = "target token"
+
+    def items(self, chat: Chat, example: Example) -> list[Tokens]:
+        return chat.training_tokens(example)
+
+    def sequences(self, item: Tokens) -> list[Tokens]:
+        return [item]
 
     def length(self, item: Tokens) -> int:
         return len(item.input_ids)
@@ -52,3 +71,44 @@ class Supervised:
     def summed(self, model: Any, items: Sequence[Tokens]) -> float:
         with torch.inference_mode():
             return float(summed_loss(model, flatten(items).to(model.device)))
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+
+class KeepClose:
+    """Another objective of tokens, held near the base model: its gradient gets kl_weight · KL(base ‖ tuned) on the target rows.
+
+    The loss that is returned, and what validation measures, stays the cross-entropy alone, so that it compares with runs of another weight;
+    the KL is in `figures`.
+    """
+
+    def __init__(self, inner: Objective, kl_weight: float) -> None:
+        self.inner, self.kl_weight = inner, kl_weight
+        self.unit = inner.unit
+        self.items, self.sequences, self.length = inner.items, inner.sequences, inner.length
+        self.count, self.summed = inner.count, inner.summed
+        self._kl: float | None = None
+
+    def backward(self, model: Any, items: Sequence[Any], denominator: int) -> float:
+        batch = flatten([tokens for item in items for tokens in self.sequences(item)]).to(model.device)
+        lowered, cross, divergence = held_losses(model, batch, self.kl_weight)
+        (lowered.double().sum().float() / denominator).backward()
+        self._kl = (self._kl or 0.0) + float(divergence.double().sum())
+        return float(cross.double().sum().float() / denominator)
+
+    def figures(self) -> dict[str, float]:
+        kl, self._kl = self._kl, None
+        return self.inner.figures() | ({} if kl is None else {"kl": kl})
+
+
+OBJECTIVES: dict[str, Callable[[TrainingSection], Objective]] = {
+    "supervised": lambda settings: Supervised(),
+    "preference": lambda settings: Preference(settings.preference_beta),
+}
+
+
+def make_objective(settings: TrainingSection) -> Objective:
+    """What `training.objective` names, held near the base model where `training.kl_weight` says so."""
+    objective = OBJECTIVES[settings.objective](settings)
+    return KeepClose(objective, settings.kl_weight) if settings.kl_weight else objective

@@ -22,15 +22,18 @@ class Batch:
     position_ids   0  1  2  0  1      (1, T)
     predictors        0  1     3      (N,)   places whose next token is a target
     targets          a1 a2    b1      (N,)
+    owners            0  0     1      (N,)   the sequence that each target belongs to
     """
 
     input_ids: Tensor
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    owners: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.input_ids.to(device), self.position_ids.to(device), self.predictors.to(device), self.targets.to(device))
+        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.owners)
+        return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def flatten(sequences: Sequence[Tokens]) -> Batch:
@@ -39,7 +42,8 @@ def flatten(sequences: Sequence[Tokens]) -> Batch:
     positions: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
-    for sequence in sequences:
+    owners: list[int] = []
+    for number, sequence in enumerate(sequences):
         offset = len(ids)
         ids += sequence.input_ids
         positions += range(len(sequence.input_ids))
@@ -47,16 +51,17 @@ def flatten(sequences: Sequence[Tokens]) -> Batch:
             if label != IGNORED:
                 predictors.append(offset + place)
                 targets.append(label)
-    return Batch(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(predictors), torch.tensor(targets))
+                owners.append(number)
+    return Batch(torch.tensor([ids]), torch.tensor([positions]), *(torch.tensor(part) for part in (predictors, targets, owners)))
 
 
-def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int) -> list[int]:
-    """Indices 0..n−1, shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again.
+def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int, indices: Sequence[int] | None = None) -> list[int]:
+    """Indices 0..n−1 (or those given), shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again.
 
     Batches of like length waste little attention; windows keep the order random enough that the loss curve does not follow length.
     """
     shuffle = random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big"))
-    order = list(range(len(lengths)))
+    order = list(range(len(lengths)) if indices is None else indices)
     shuffle.shuffle(order)
     batches: list[list[int]] = []
     for start in range(0, len(order), 16 * batch):
