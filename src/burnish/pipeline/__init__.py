@@ -9,6 +9,8 @@
 
 Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
 so a run that was cut off goes on where it stopped.
+
+    steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import check, compare, dataset_of, evaluate, machine, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run
+from burnish.training import Aim, read_trials
 from burnish.types import Tell, silent
 
 DEMO = {
@@ -56,6 +59,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "prepare", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "prepare", "read_trials", "run_recipe", "sweep", "task_of", "train",
     "versions", "write_report",
 ]  # fmt: skip

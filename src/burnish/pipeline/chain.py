@@ -12,7 +12,7 @@ from burnish import data as data_room
 from burnish import evaluation, training
 from burnish.errors import GateError
 from burnish.models import Chat, load_adapter, load_chat, load_model, weights_hash
-from burnish.pipeline.steps import SPLITS, checked_rows, dataset_of, prepare, task_of, train_once
+from burnish.pipeline.steps import checked_rows, dataset_of, prepare, task_of, train_once
 from burnish.recipe import DataSection, ModelSection, StageSection, stage_recipes
 from burnish.run import Run, hash_of
 from burnish.tasks import find_metric
@@ -32,7 +32,7 @@ def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None,
     if not recipe.stages:
         return train_once(job, dataset=dataset, chat=chat, tell=tell)
     inputs = hash_of(
-        recipe.to_dict(), [dataset.manifest["splits"][split]["file_sha256"] for split in SPLITS], weights_hash(recipe.model.name)
+        recipe.to_dict(), [dataset.manifest["splits"][split]["file_sha256"] for split in data_room.SPLITS], weights_hash(recipe.model.name)
     )
     if job.step_done("train", inputs) and job.adapter_folder.exists():
         return dict(job.read_json(job.training_file))
@@ -173,7 +173,7 @@ def _hold_back(stage: _Stage, chat: Chat, tell: Tell) -> _Stage:
     if gate.data is not None:
         general = recipe.model_copy(
             update={
-                "data": DataSection(train=gate.data, max_length=recipe.data.max_length, over_length="drop"),
+                "data": DataSection.model_validate({"train": gate.data, "max_length": recipe.data.max_length, "over_length": "drop"}),
                 "training": recipe.training.model_copy(update={"replay_data": None, "objective": "supervised"}),
             }
         )

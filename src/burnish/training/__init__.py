@@ -19,7 +19,7 @@ from burnish.training.checkpoint import save_adapter
 from burnish.training.loop import Hooks, peak_memory_bytes, run_loop
 from burnish.training.rate import RangeTest, range_test
 from burnish.training.stages import BASE, MEASURED_ROWS, Start, adopt, carries_on, drawn, judge_gate, measure_losses, merge, start_model
-from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, sweep
+from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, read_trials, sweep
 from burnish.training.trial import trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
@@ -91,5 +91,5 @@ def _fingerprint(model: Any) -> list[float]:
 
 __all__ = [
     "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "best_of", "carries_on", "changed", "default_space", "drawn", "judge_gate",
-    "measure_losses", "merge", "parse_space", "range_test", "start_model", "sweep", "tokenize_all", "train", "trial_runner",
+    "measure_losses", "merge", "parse_space", "range_test", "read_trials", "start_model", "sweep", "tokenize_all", "train", "trial_runner",
 ]  # fmt: skip
