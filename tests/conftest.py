@@ -129,3 +129,20 @@ def gemma() -> Any:
 
     section = ModelSection(name="gemma-3-270m")
     return load_chat(section), load_model(section)
+
+
+def with_adapter(family: str, tokenizer: Any, *, started: bool = True) -> Any:
+    """A tiny frozen base with LoRA on all linear layers; `started`: as if it had been trained a little (B = 0 would hide half of the gradient)."""
+    import torch
+
+    from burnish.models import METHODS, trainable_parameters
+    from burnish.recipe import build_recipe
+
+    recipe = build_recipe({"model": "tiny", "data": "x.jsonl", "lora": {"rank": 4, "alpha": 8}})
+    model = METHODS["lora"](build_tiny(family, tokenizer).requires_grad_(False), recipe)
+    if started:
+        torch.manual_seed(3)
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05)
+    return model

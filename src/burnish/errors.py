@@ -8,6 +8,9 @@
     │   └── GateError    3   a stage did not pass its gate: an answer, with its numbers; what came before it is kept
     └── ServingError     1   an export or a request could not be served
 
+    KeyboardInterrupt
+    └── Stopped  130 or 143  somebody asked to stop (Ctrl-C, SIGTERM): what was done is saved, the same command goes on
+
 A message says what was found, where, what was expected and what to do. All problems of one input travel in one error.
 To add a kind: derive it here, draw it above, and give it an exit code.
 """
@@ -24,11 +27,9 @@ from typing import ClassVar
 # Exit codes of the command line. 3 and 4 are answers, not errors: see burnish.cli.
 EXIT_DONE, EXIT_OUR_FAULT, EXIT_USER_INPUT, EXIT_GATE_SAID_NO, EXIT_CANT_TELL = 0, 1, 2, 3, 4
 SHOWN_PROBLEMS = 100
-_DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_ERRORS = _FULL | {
     errno.EROFS,
-    errno.EFBIG,
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
@@ -79,7 +80,11 @@ class ModelError(BurnishError):
 
 
 class TrainingError(BurnishError):
-    pass
+    """`code` is for programs: diverged · out_of_memory · insufficient_storage (the disk is full) · unwritable · other_training · None."""
+
+    def __init__(self, message: str, problems: Iterable[Problem] = (), *, code: str | None = None) -> None:
+        super().__init__(message, problems)
+        self.code = code
 
 
 class GateError(TrainingError):
@@ -88,6 +93,18 @@ class GateError(TrainingError):
 
 class ServingError(BurnishError):
     pass
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop that was asked for and came at a safe place. `signal` is its number; the exit code is 128 + signal, as shells have it."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
 
 
 @contextmanager
@@ -111,5 +128,6 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         what = getattr(problem, "strerror", None) or str(problem)
         raise TrainingError(
             f"cannot write {os.fspath(path)}: {what}. Nothing half-written is left; free space or choose another place with --run, "
-            "then repeat the command: finished steps are kept"
+            "then repeat the command: finished steps are kept",
+            code="insufficient_storage" if full or getattr(problem, "errno", None) in _FULL else "unwritable",
         ) from problem

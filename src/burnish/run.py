@@ -6,9 +6,10 @@
     ├── run.json               versions, machine, and for each step: state, seconds, hash of what it read
     ├── events.jsonl           what happened, in order
     ├── lock                   held by the process that works here
-    ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json
+    ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json (replay.jsonl, where rows are replayed)
     ├── candidates/            selection.json, one predictions file per candidate
-    ├── training/              metrics.jsonl, summary.json, rate.json (where the learning rate was found by a range test)
+    ├── training/              metrics.jsonl, summary.json (rate.json, where a range test found the learning rate; reference.json of preferences), tokens/
+    ├── checkpoints/           while training: step-N/ to go on from, best-N/ the best weights so far; gone once the training is done
     ├── stages/NAME/           a run of its own for each stage of a chain
     ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
@@ -30,13 +31,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from burnish.errors import BurnishError, DataError, RecipeError, disk_errors
+from burnish.errors import BurnishError, DataError, RecipeError, Stopped, disk_errors
 from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_recipe
 
 # Each step, and those whose results no longer hold once it begins again.
@@ -123,6 +124,20 @@ class Run:
         return self.path / "sweep.html"
 
     @property
+    def reference_file(self) -> Path:
+        """What the model said of each preference pair before training."""
+        return self.path / "training" / "reference.json"
+
+    @property
+    def tokens_folder(self) -> Path:
+        """The rows as tokens, memory-mapped."""
+        return self.path / "training" / "tokens"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
 
@@ -140,15 +155,16 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ life
     @classmethod
-    def create(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False) -> Run:
+    def create(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> Run:
         """Open the run for this recipe, or start it."""
-        with cls.working(path, recipe, fresh=fresh) as run:
+        with cls.working(path, recipe, fresh=fresh, allow_change=allow_change) as run:
             return run
 
     @classmethod
     @contextmanager
-    def working(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run]:
-        """Open or start the run for this recipe and hold its lock. A folder of another recipe is refused with the keys that differ."""
+    def working(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> Iterator[Run]:
+        """Open or start the run for this recipe and hold its lock. A folder of another recipe is refused with the keys that differ,
+        except those that `allow_change` names (a key, or a section): they are taken over, and an event says so."""
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RecipeError(f"{run.path} is a file; a run is a folder: choose another place with --run")
@@ -158,13 +174,17 @@ class Run:
             if fresh:
                 run._clear()
             if run.recipe_file.exists():
-                run._refuse_another(recipe)
+                run._refuse_another(recipe, allow_change)
             else:
                 run.write_text(run.recipe_file, dump_recipe(recipe))
             yield run
 
-    def _refuse_another(self, recipe: Recipe) -> None:
-        if changed := differences(load_recipe(self.recipe_file), recipe):
+    def _refuse_another(self, recipe: Recipe, allow_change: Sequence[str]) -> None:
+        changed = differences(load_recipe(self.recipe_file), recipe)
+        if changed and all(is_allowed(key, allow_change) for key in changed):
+            self.write_text(self.recipe_file, dump_recipe(recipe))
+            self.event("recipe_changed", changed={key: list(pair) for key, pair in sorted(changed.items())})
+        elif changed:
             listed = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in sorted(changed.items()))
             raise RecipeError(
                 f"{self.path} holds a run of another recipe ({listed}). Choose another --run, or --fresh to start it anew and delete what is there"
@@ -232,18 +252,23 @@ class Run:
             yield entry
         except BaseException as problem:
             entry |= {
-                "state": "failed",
+                "state": "stopped" if isinstance(problem, Stopped) else "failed",
                 "seconds": round(time.monotonic() - start, 3),
                 "error": str(problem)[:2000] or type(problem).__name__,
             }
             # The failure being told must not hide the failure itself (a full disk fails here again).
             with contextlib.suppress(OSError, BurnishError):
                 self._note_step(step, entry)
-                self.event("step_failed", step=step, error=entry["error"])
+                self.event(f"step_{entry['state']}", step=step, error=entry["error"])
             raise
         entry |= {"state": "done", "seconds": round(time.monotonic() - start, 3)}
         self._note_step(step, entry)
         self.event("step_done", step=step, seconds=entry["seconds"])
+
+    def amend(self, step: str, entry: dict[str, Any], **values: Any) -> None:
+        """Add facts to the entry of a step that is under way, and write it down now."""
+        entry |= values
+        self._note_step(step, entry)
 
     def note(self, **values: Any) -> None:
         """Keep facts of the whole run (versions, machine) in its status."""
@@ -358,6 +383,11 @@ def recover_folder(path: Path) -> None:
         os.replace(old, path)
     for left in (old, *path.parent.glob(f".{path.name}.*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    """Whether a list of dotted keys names this key, or a section that it lies in."""
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
 def append_line(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:

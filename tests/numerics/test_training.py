@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from burnish.data.formats import make_example
 from burnish.errors import TrainingError
 from burnish.models import IGNORED, METHODS, Chat, trainable_parameters
 from burnish.recipe import Recipe, build_recipe
-from burnish.training import loop as loop_module
+from burnish.training import engine as engine_module
 from burnish.training import tokenize_all
 from burnish.training.loop import Hooks, Progress, learning_rate_at, mean_loss, planned_steps, run_loop
 from burnish.training.loss import summed_loss
-from burnish.training.pack import epoch_order, flatten
+from burnish.training.objective import Supervised
+from burnish.training.pack import Paths, epoch_order, flatten
 from burnish.types import Tokens
 from conftest import build_tiny, colour_rows
 
@@ -63,7 +65,7 @@ def test_packed_blocked_loss_and_gradient_equal_the_naive_ones(
     family: str, tokenizer: Any, sequences: list[Tokens], monkeypatch: Any
 ) -> None:
     """Several sequences in one row, the head in small blocks: the same loss and gradient as each sequence alone with all its logits."""
-    monkeypatch.setattr("burnish.training.loss._BLOCK_LOGITS", 7 * len(tokenizer))
+    monkeypatch.setattr("burnish.training.loss._block_width", lambda _: 37)
     model = adapted(family, tokenizer, recipe())
     some = sequences[:6]
     packed = summed_loss(model, flatten(some))
@@ -123,7 +125,8 @@ def test_accumulation_1x8_equals_8x1(tokenizer: Any, sequences: list[Tokens]) ->
     assert len({len([x for x in t.labels if x != IGNORED]) for t in sequences}) > 1
     assert one == pytest.approx(eight, rel=1e-5)
     for name in weights_one:
-        torch.testing.assert_close(weights_one[name], weights_eight[name], rtol=1e-3, atol=1e-5)
+        # Which unlikely words the head leaves out depends on the rows that are computed together (2⁻²⁰ of a probability).
+        torch.testing.assert_close(weights_one[name], weights_eight[name], rtol=1e-3, atol=1e-4)
 
 
 def test_the_loop_equals_a_loop_written_out(tokenizer: Any, sequences: list[Tokens]) -> None:
@@ -167,25 +170,27 @@ def test_mean_loss_is_per_target_token(tokenizer: Any, sequences: list[Tokens]) 
     assert mean_loss(model, sequences, 5) == pytest.approx(expected, rel=1e-5)
 
 
-def test_non_finite_steps_are_skipped_then_refused(tokenizer: Any, sequences: list[Tokens], monkeypatch: Any) -> None:
+class Poisoned(Supervised):
+    """From the given step's gradient on, the loss is NaN."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def backward(self, model: Any, items: Any, denominator: int) -> float:
+        self.left -= 1
+        return super().backward(model, items, denominator) if self.left >= 0 else math.nan
+
+
+def test_non_finite_steps_are_skipped_then_refused(tokenizer: Any, sequences: list[Tokens]) -> None:
     settings = recipe(epochs=4)
     model = adapted("llama", tokenizer, settings, started=False)
     rows: list[dict[str, Any]] = []
-    real = loop_module.summed_loss
-    calls = {"n": 0}
-
-    def poisoned(model: Any, batch: Any) -> torch.Tensor:
-        calls["n"] += 1
-        loss = real(model, batch)
-        return loss * float("nan") if torch.is_grad_enabled() and calls["n"] > 6 else loss
-
-    monkeypatch.setattr(loop_module, "summed_loss", poisoned)
+    hooks = Hooks(log=rows.append, keep_best=lambda *_: None)
     with pytest.raises(TrainingError, match="diverged"):
-        run_loop(
-            model, sequences, sequences[:2], settings=settings.training, seed=0, hooks=Hooks(log=rows.append, keep_best=lambda *_: None)
-        )
+        run_loop(model, sequences, sequences[:2], objective=Poisoned(6), settings=settings.training, seed=0, hooks=hooks)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] is None, "a loss that is not finite is logged as null, never as 0"
+    assert losses.count(None) == 3
     assert 0.0 not in losses
     assert all(torch.isfinite(p).all() for p in trainable_parameters(model).values())
 
@@ -272,17 +277,35 @@ def test_nan_weights_are_never_saved(tokenizer: Any, chat: Chat, tmp_path: Any) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packing_is_proved_on_the_model(family: str, tokenizer: Any, sequences: list[Tokens], monkeypatch: Any) -> None:
     model = build_tiny(family, tokenizer)
-    assert loop_module.keeps_sequences_apart(model, sequences)
-    real = loop_module.flatten
+    settings = recipe()
+    assert engine_module.keeps_sequences_apart(model, sequences)
+    assert engine_module.make_ready(model, sequences, settings, steps=1) == Paths(by_segment=True, share=True)
+    real = engine_module.flatten
 
-    def leaking(some: list[Tokens]) -> Any:
-        """Positions that run on: transformers then builds no block mask."""
-        batch = real(some)
+    def leaking(some: list[Tokens], paths: Paths) -> Any:
+        """Positions that run on: transformers then builds no block mask; and segments that see all that stands before them."""
+        batch = real(some, paths)
         batch.position_ids[0] = torch.arange(batch.position_ids.shape[1])
-        return batch
+        segments = batch.segments and tuple(replace(s, parents=tuple(range(n))) for n, s in enumerate(batch.segments))
+        return replace(batch, segments=segments)
 
-    monkeypatch.setattr(loop_module, "flatten", leaking)
-    assert not loop_module.keeps_sequences_apart(model, sequences)
+    monkeypatch.setattr(engine_module, "flatten", leaking)
+    told: list[str] = []
+    paths = engine_module.make_ready(model, sequences, settings, steps=1, tell=lambda what, *_: told.append(what))
+    assert paths == Paths(packed=False)
+    assert told == ["attention", "packing"]
+
+
+def test_every_path_can_be_switched_off(tokenizer: Any, sequences: list[Tokens]) -> None:
+    plain = dict.fromkeys(("document_attention", "blocked_head", "shared_prefixes", "fused_layers", "length_buckets"), False)
+    losses = []
+    for engine in ({}, plain):
+        settings = build_recipe({**recipe(epochs=1).to_dict(), "engine": engine})
+        model = adapted("gemma3", tokenizer, settings, started=True)
+        paths = engine_module.make_ready(model, sequences, settings, steps=6)
+        assert paths == (Paths(blocked=False) if engine else Paths(by_segment=True, share=True))
+        losses.append(float(summed_loss(model, flatten(sequences, paths)).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_collected_types(tiny_models: Callable[[str], Any]) -> None:

@@ -6,8 +6,12 @@ The doors are imported inside the commands: `burnish --help` must not wait for t
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +26,7 @@ from burnish.errors import (
     BurnishError,
     DataError,
     RecipeError,
+    Stopped,
 )
 
 if TYPE_CHECKING:
@@ -113,9 +118,26 @@ def prepare(recipe: RecipeArgument, run: RunOption = None, overrides: SetOption 
 
 
 @app.command()
-def train(recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False) -> None:
-    """Fine-tune on the prepared rows."""
-    _step("train", recipe, run, overrides, fresh)
+def train(
+    recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change", metavar="KEY", show_default=False,
+            help="A training that was cut off may go on although this key (or `versions`) differs; may be repeated.",
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Share each step among so many processes (one for each GPU).")] = 1,
+) -> None:  # fmt: skip
+    """Fine-tune on the prepared rows. Goes on where a training was cut off; Ctrl-C and SIGTERM save first."""
+    if processes > 1:
+        _launch(processes, run or _folder_of(recipe) or Path("runs") / _recipe(recipe, overrides).name)
+    elif _rank() > 0:
+        from burnish import pipeline
+
+        pipeline.assist(run or _folder_of(recipe) or Path("runs") / _recipe(recipe, overrides).name)
+    else:
+        _step("train", recipe, run, overrides, fresh, allow_change=allow_change or ())
 
 
 @app.command()
@@ -303,8 +325,9 @@ def main() -> None:
         code = _report_error(str(problem), problem.exit_code, debug)
     except typer.Abort:
         code = _report_error("stopped", EXIT_OUR_FAULT, debug)
-    except KeyboardInterrupt:
-        code = _report_error("stopped. The same command goes on with the step that was cut off; finished steps are kept", 130, debug)
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "stopped: finished steps are kept"
+        code = _report_error(f"{text}\ngo on with:  {_again()}", stop.exit_code if isinstance(stop, Stopped) else 130, debug)
     except BrokenPipeError:
         code = EXIT_DONE
     except Exception as problem:
@@ -364,18 +387,56 @@ def _open(recipe: Path, run: Path | None) -> Run:
     return Run.open(Path("runs") / recipe)
 
 
-def _step(step: str, recipe: Path, run: Path | None, overrides: list[str] | None, fresh: bool) -> None:
+def _rank() -> int:
+    """Which process of a training this is (torchrun's environment)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _launch(processes: int, folder: Path) -> None:
+    """This command again, once for each process."""
+    from burnish.training.launch import launch
+
+    command = [sys.executable, "-m", "burnish", *_without(sys.argv[1:], "--processes")]
+    if code := launch(command, processes):
+        if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            raise Stopped(f"stopped; what was done is saved in {folder}", code - 128)
+        raise typer.Exit(code)
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """A command line without an option that takes a value."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == option:
+            skip = True
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
+
+
+def _again() -> str:
+    """The command that goes on: this one, without what would delete what is there."""
+    return shlex.join(["burnish", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
+
+
+def _step(
+    step: str, recipe: Path, run: Path | None, overrides: list[str] | None, fresh: bool, *, allow_change: Sequence[str] = ()
+) -> None:  # fmt: skip
     from burnish import pipeline
     from burnish.cli.terminal import progress, say
     from burnish.run import Run
 
     asked = _recipe(recipe, overrides)
-    job = Run.create(run or _folder_of(recipe) or Path("runs") / asked.name, asked, fresh=fresh)
+    job = Run.create(run or _folder_of(recipe) or Path("runs") / asked.name, asked, fresh=fresh, allow_change=allow_change)
     with job.lock(), progress() as tell:
         job.note(versions=pipeline.versions(), machine=pipeline.machine())
         if step != "prepare":
             pipeline.prepare(job, tell=tell)  # done already: nothing happens
-        getattr(pipeline, step)(job, tell=tell)
+        more = {"allow_change": allow_change} if step == "train" else {}
+        getattr(pipeline, step)(job, tell=tell, **more)
     say(job.path)
 
 

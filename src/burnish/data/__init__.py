@@ -127,7 +127,7 @@ def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe, *, a
 
 def example_to_row(example: Example) -> dict[str, Any]:
     """The row as it is kept in a run: OpenAI's chat format with our keys beside it."""
-    row = {"messages": list(example.messages), "id": example.id, "group": example.group, "source": example.source}
+    row: dict[str, Any] = {"messages": list(example.messages), "id": example.id, "group": example.group, "source": example.source}
     row |= {"metadata": example.metadata} if example.metadata else {}
     return row | ({} if example.rejected is None else {"rejected": example.rejected})
 

@@ -15,9 +15,9 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_con
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
-from burnish.models import Chat, Limits, load_adapter, load_model, weights_hash
-from burnish.recipe import ModelSection, Recipe
-from burnish.run import Run, hash_file, hash_of
+from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
+from burnish.recipe import Recipe
+from burnish.run import Run, hash_of
 from burnish.tasks import Metric, Task, find_metric, measure, task_for
 from burnish.types import Dataset, Example, Tell, silent
 
@@ -30,12 +30,11 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     if not names:
         return
-    base = tuned_base(run, recipe) if trained else recipe.model
-    model = load_model(base, tell)
-    identity = weights_hash(base.name)
+    recipe = on_tuned_base(run, recipe) if trained else recipe
+    model = load_trained(recipe, run.adapter_folder, tell) if trained else load_base(recipe, tell)
+    identity = base_state(recipe)
     if trained:
-        model = load_adapter(model, run.adapter_folder, identity)
-        identity = hash_of(identity, hash_file(run.adapter_folder / "adapter_model.safetensors"))
+        identity = hash_of(identity, trained_hash(verify_adapter(run.adapter_folder, weights_hash(recipe.model.name))))
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
     room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
@@ -48,10 +47,12 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
 
 
-def tuned_base(run: Run, recipe: Recipe) -> ModelSection:
-    """The weights that the run's adapter belongs to: the recipe's model, or what earlier stages of a chain left, merged, in the run's folder."""
+def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe with the base that the run's adapter belongs to: its own, or what earlier stages of a chain left in the run's folder."""
     folder = run.read_json(run.training_file).get("base_folder")
-    return recipe.model if folder is None else recipe.model.model_copy(update={"name": str(run.path / folder)})
+    if folder is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(run.path / folder)})})
 
 
 def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
@@ -99,4 +100,4 @@ def _choose(
     return dict(found["chosen"])
 
 
-__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for", "tuned_base", "validation_score"]
+__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for", "on_tuned_base", "validation_score"]

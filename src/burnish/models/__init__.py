@@ -5,22 +5,28 @@ out         a Chat (tokenizer + template) and a model; answers from `generate`
 invariant   one function turns messages into tokens for training, evaluation and serving; nothing from a model's folder is ever run
 """
 
+from burnish.models.attention import Segment, attend_by_segment
 from burnish.models.chat import IGNORED, Chat, make_chat
+from burnish.models.fused import fuse
 from burnish.models.generate import Generation, Limits, generate
+from burnish.models.layers import choose_layers, decoder_layers
 from burnish.models.load import (
+    base_state,
     context_window,
     find_model,
+    load_base,
     load_chat,
     load_model,
+    quantizer_for,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
     weights_hash,
 )
-from burnish.models.methods import ADAPTER_MANIFEST, LEARNING_RATES, METHODS, load_adapter, trainable_parameters, verify_adapter
+from burnish.models.methods import LEARNING_RATES, METHODS, trainable_parameters
+from burnish.models.quantize import QUANTIZERS, is_quantized, quantizer_facts
+from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, save_trained, trained_hash, verify_adapter
 
 __all__ = [
-    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "Chat", "Generation", "Limits", "context_window", "find_model", "generate",
-    "load_adapter", "load_chat", "load_model", "make_chat", "resolve_device", "resolve_dtype", "tokenizer_hash", "trainable_parameters",
-    "verify_adapter", "weights_hash",
+    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Limits", "Segment", "attend_by_segment", "base_state", "choose_layers", "context_window", "decoder_layers", "find_model", "fuse", "generate", "is_quantized", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash", "trainable_parameters", "trained_hash", "verify_adapter", "weights_hash",
 ]  # fmt: skip

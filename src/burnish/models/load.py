@@ -1,4 +1,4 @@
-"""Base model and tokenizer from a name: embedded, local folder, or Hugging Face id. Safetensors only, never remote code, never pickle."""
+"""Base model and tokenizer from a name: embedded, local folder, or Hugging Face id. Safetensors or GGUF, never remote code, never pickle."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from burnish.errors import ModelError, missing_extra
 from burnish.models.chat import Chat, make_chat
 from burnish.models.embedded import EMBEDDED, embedded_folder
+from burnish.models.quantize import QUANTIZERS, choose_quantizer, mark_quantized, one_layout, quantize, quantized_layers
 from burnish.models.quiet import quiet
-from burnish.recipe import ModelSection
+from burnish.recipe import ModelSection, Recipe
 from burnish.run import hash_file, hash_of
 from burnish.types import Tell, silent
 
@@ -47,7 +48,8 @@ def load_chat(model: ModelSection, tell: Tell = silent) -> Chat:
     folder = find_model(model.name, tell)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            inside = {} if (Path(folder) / "tokenizer_config.json").exists() else _gguf(Path(folder))
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **inside)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:
         raise ModelError(f"{model.name}: the tokenizer cannot be read: {str(problem)[:300]}") from problem
     return make_chat(tokenizer, model.chat_template)
@@ -55,27 +57,78 @@ def load_chat(model: ModelSection, tell: Tell = silent) -> Chat:
 
 def load_model(model: ModelSection, tell: Tell = silent) -> Any:
     """The base model in evaluation mode, on its device, in its compute type; every weight frozen. Raises ModelError."""
-    folder = find_model(model.name, tell)
+    return read_weights(Path(find_model(model.name, tell)), model)
+
+
+def load_base(recipe: Recipe, tell: Tell = silent, *, quantizer: str | None = None) -> Any:
+    """The base that the recipe's method trains on: `load_model`, or for `qlora` the same weights in 4 bits.
+
+    `quantizer` names the one an adapter was trained on; none: the first that runs here. Raises ModelError where it does not.
+    """
+    if recipe.training.method != "qlora":
+        return load_model(recipe.model, tell)
+    folder = Path(find_model(recipe.model.name, tell))
+    name = quantizer or quantizer_for(recipe)
+    if name == "gguf" and not any(folder.glob("*.gguf")):
+        raise ModelError(f"{recipe.model.name}: trained on the weights of a .gguf file, and there is none in {folder}")
+    tell("4-bit base", 0, 0, QUANTIZERS[name].title)
+    if name == "gguf":
+        return mark_quantized(read_weights(folder, recipe.model, from_gguf=True), name)
+    if name == "torchao" or _gguf(folder):
+        return quantize(read_weights(folder, recipe.model), name)
+    # Through transformers each weight is quantised as it is read: a large base never stands in memory in 16 bits.
+    device, dtype = resolve_device(recipe.model.device), resolve_dtype(recipe.model.dtype, resolve_device(recipe.model.device))
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
+    loaded = mark_quantized(read_weights(folder, recipe.model, quantization_config=config, device_map={"": device}), name)
+    for layer in quantized_layers(loaded).values():
+        one_layout(layer)
+    return loaded
+
+
+def quantizer_for(recipe: Recipe) -> str | None:
+    """Which of QUANTIZERS makes the base of a `qlora` recipe on this machine; None for other methods."""
+    if recipe.training.method != "qlora":
+        return None
+    return choose_quantizer(resolve_device(recipe.model.device), Path(find_model(recipe.model.name)))
+
+
+def read_weights(folder: Path, model: ModelSection, *, from_gguf: bool = False, **options: Any) -> Any:
+    """A model folder's weights, frozen, in evaluation mode, on the device and in the compute type of `model`. Raises ModelError."""
     device, dtype = resolve_device(model.device), resolve_dtype(model.dtype, resolve_device(model.device))
+    source = _gguf(folder, wanted=from_gguf)
+    if source:
+        options["quantization_config"] = GgufConfig(dequantize=True)  # its packed products would fetch a kernel, and have no gradient
+    else:
+        options["use_safetensors"] = True
     try:
         with quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 trust_remote_code=False,
-                use_safetensors=True,
                 local_files_only=True,
                 attn_implementation="sdpa",
+                **source,
+                **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         raise ModelError(f"{model.name}: the weights cannot be read: {str(problem)[:400]}") from problem
     loaded.requires_grad_(False)
-    return loaded.eval().to(device)
+    return loaded.eval() if "device_map" in options else loaded.eval().to(device)
+
+
+def base_state(recipe: Recipe) -> str:
+    """What an answer or a training rests on: the base's weights, and for `qlora` what holds them in 4 bits."""
+    weights, quantizer = weights_hash(recipe.model.name), quantizer_for(recipe)
+    return weights if quantizer is None else hash_of(weights, quantizer)
 
 
 def weights_hash(name: str) -> str:
     """One hash over the weight files' SHA-256: an adapter belongs to these weights and no others."""
-    files = sorted(Path(find_model(name)).glob("*.safetensors"))
+    folder = Path(find_model(name))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
     return hash_of([_hash_of_state(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
@@ -83,13 +136,13 @@ def tokenizer_hash(name: str) -> str:
     """One hash over the files that decide how text becomes tokens."""
     folder = Path(find_model(name))
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja")
-    files = [folder / file for file in names if (folder / file).exists()]
+    files = [folder / file for file in names if (folder / file).exists()] or sorted(folder.glob("*.gguf"))
     return hash_of([[file.name, _hash_of_state(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files])
 
 
 def context_window(name: str) -> int | None:
     """Tokens that the model can read at once; None where its config does not say."""
-    config = AutoConfig.from_pretrained(find_model(name), trust_remote_code=False, local_files_only=True).get_text_config()
+    config = _config(Path(find_model(name))).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -124,6 +177,8 @@ def _check_folder(path: Path) -> Path:
     if not path.is_dir():
         raise ModelError(f"model.name: {path} is a file; expected a model folder with config.json and *.safetensors")
     config_file = path / "config.json"
+    if not config_file.exists() and _gguf(path):
+        return _checked_gguf(path)
     if not config_file.exists():
         raise ModelError(f"model.name: {path}: no config.json there; expected a model folder in Hugging Face's form")
     try:
@@ -133,6 +188,8 @@ def _check_folder(path: Path) -> Path:
     if not isinstance(config, dict) or "auto_map" in config:
         raise ModelError(f"{config_file}: the model wants to run its own code (auto_map); Burnish never runs code that comes with weights")
     if not any(path.glob("*.safetensors")):
+        if _gguf(path):
+            return _checked_gguf(path)
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for file in path.glob(pattern))
         why = (
             f"; it has {', '.join(others[:3])}, but pickled weights can run code and are never read: convert them to safetensors"
@@ -141,7 +198,36 @@ def _check_folder(path: Path) -> Path:
         )
         raise ModelError(f"model.name: {path}: no weights there (*.safetensors){why}")
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        _config(path)
     except (OSError, ValueError, KeyError) as problem:
         raise ModelError(f"{config_file}: unknown kind of model: {str(problem)[:300]}") from problem
     return path
+
+
+def _gguf(folder: Path, *, wanted: bool = False) -> dict[str, str]:
+    """{"gguf_file": NAME} where the folder's weights are a .gguf file (`wanted`: also where safetensors lie beside it), else {}."""
+    if not wanted and any(folder.glob("*.safetensors")):
+        return {}
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    return {"gguf_file": files[0]} if files else {}
+
+
+def _checked_gguf(path: Path) -> Path:
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(
+            f"model.name: {path}: {len(files)} .gguf files ({', '.join(files[:3])}); expected one: put the one you want into a folder of its own"
+        )
+    with missing_extra("quantized", f"reading {path / files[0]}"):
+        import gguf  # noqa: F401 - transformers reads GGUF through it
+    try:
+        _config(path)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as problem:
+        raise ModelError(f"{path / files[0]}: unknown kind of model: {str(problem)[:300]}") from problem
+    return path
+
+
+def _config(folder: Path) -> Any:
+    inside = {} if (folder / "config.json").exists() else _gguf(folder)
+    with quiet():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **inside)

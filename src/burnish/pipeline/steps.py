@@ -16,11 +16,13 @@ from burnish.errors import DataError
 from burnish.evaluation import CANDIDATES
 from burnish.models import (
     Chat,
+    base_state,
     context_window,
     load_chat,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
+    trained_hash,
     verify_adapter,
     weights_hash,
 )
@@ -97,12 +99,12 @@ def evaluate(
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
-    base = evaluation.tuned_base(job, recipe) if trained else recipe.model
-    inputs = hash_of(names, _measured_by(recipe), _splits(dataset), weights_hash(base.name), _tokens_state(recipe), adapter)
+    measured = evaluation.on_tuned_base(job, recipe) if trained else recipe
+    inputs = hash_of(names, _measured_by(recipe), _splits(dataset), base_state(measured), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
     if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
         return
-    if trained and adapter != verify_adapter(job.adapter_folder, weights_hash(base.name))["files"]["adapter_model.safetensors"]["sha256"]:
+    if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(measured.model.name))):
         raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
         evaluation.evaluate(
@@ -110,16 +112,29 @@ def evaluate(
         )
 
 
-def train_once(job: Run, *, dataset: Dataset, chat: Chat, start: Start = BASE, tell: Tell = silent) -> dict[str, Any]:
-    """Fine-tune from the base model, or from what a stage before left; the best checkpoint becomes the run's adapter. Returns the summary."""
+def train_once(
+    job: Run, *, dataset: Dataset, chat: Chat, start: Start = BASE, allow_change: Sequence[str] = (), tell: Tell = silent
+) -> dict[str, Any]:
+    """Fine-tune from the base model, or from what a stage before left; the best checkpoint becomes the run's adapter. Returns the summary.
+
+    A training that was cut off goes on. `allow_change`: conditions (recipe keys, `versions`) that may differ from those under which it began.
+    """
     recipe = with_rate(job, dataset, chat, start=start, tell=tell)
     inputs = _training_inputs(recipe, dataset, start)
     if job.step_done("train", inputs) and job.adapter_folder.exists():
+        training.dismiss()
+        training.forget_checkpoints(job)
         return dict(job.read_json(job.training_file))
-    if start.base is not None:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": start.base})})
-    with job.step("train", inputs):
-        return training.train(job, dataset, recipe, chat, tell, start=start)
+    if job.status()["steps"].get("train", {}).get("state") == "done":
+        training.forget_checkpoints(job)  # of a training that is over
+    with job.step("train", inputs) as entry:
+
+        def note(**values: Any) -> None:
+            job.amend("train", entry, **values)
+
+        summary = training.train(job, dataset, on_base(recipe, start), chat, tell, begin=start, allow_change=allow_change, note=note)
+    training.forget_checkpoints(job)
+    return summary
 
 
 def with_rate(job: Run, dataset: Dataset, chat: Chat, *, start: Start = BASE, tell: Tell = silent) -> Recipe:
@@ -132,9 +147,7 @@ def with_rate(job: Run, dataset: Dataset, chat: Chat, *, start: Start = BASE, te
     key = _training_inputs(unresolved, dataset, start)
     found = job.read_json(job.rate_file) if job.rate_file.exists() else {}
     if found.get("key") != key:
-        if start.base is not None:
-            unresolved = unresolved.model_copy(update={"model": recipe.model.model_copy(update={"name": start.base})})
-        found = {"key": key, **training.range_test(dataset, unresolved, chat, start=start, tell=tell).to_dict()}
+        found = {"key": key, **training.range_test(job, dataset, on_base(unresolved, start), chat, start=start, tell=tell).to_dict()}
         job.write_json(job.rate_file, found)
         tell("learning rate", 0, 0, f"{found['learning_rate']}: {found['reason']}")
     if recipe.training.learning_rate == found["learning_rate"]:
@@ -142,12 +155,27 @@ def with_rate(job: Run, dataset: Dataset, chat: Chat, *, start: Start = BASE, te
     return job.resolve({"training.learning_rate": found["learning_rate"]}, further=True)
 
 
+def on_base(recipe: Recipe, start: Start) -> Recipe:
+    """The recipe with the weights that a training begins with in the place of its base model."""
+    if start.base is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": start.base})})
+
+
 def _training_inputs(recipe: Recipe, dataset: Dataset, start: Start) -> str:
     parts = recipe.to_dict()
-    settings = {key: parts[key] for key in ("seed", "model", "lora", "training")}
+    settings = {key: parts[key] for key in ("seed", "model", "lora", "training", "engine")}
     begin = [start.sha256] if start.sha256 else []
     read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
-    return hash_of(settings, _splits(dataset, read), weights_hash(recipe.model.name), _tokens_state(recipe), *begin)
+    return hash_of(settings, _splits(dataset, read), base_state(recipe), _tokens_state(recipe), *begin)
+
+
+def assist(folder: str | Path) -> None:
+    """A process beside the one that trains (RANK > 0): it computes its part of each step, and reads the run only."""
+    if training.assist():
+        job = Run.open(folder)
+        recipe = job.recipe()
+        training.train(job, dataset_of(job), recipe, load_chat(recipe.model))
 
 
 def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:

@@ -3,93 +3,240 @@
 in          a run with its data prepared, and a recipe whose `auto` values are numbers
 out         run.adapter_folder: the best checkpoint in PEFT's format; training/metrics.jsonl and summary.json
 invariant   the loss is divided by the target tokens counted; weights that are not finite are never saved; success needs proof
+
+A training that was cut off goes on from its last whole checkpoint, and computes what it would have computed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from burnish.errors import TrainingError
-from burnish.models import Chat, trainable_parameters, verify_adapter, weights_hash
+from burnish.errors import BurnishError, Stopped, TrainingError
+from burnish.models import Chat, quantizer_facts, trainable_parameters, trained_hash, weights_hash
 from burnish.recipe import Recipe
-from burnish.run import Run, append_line
-from burnish.training.checkpoint import save_adapter
-from burnish.training.loop import Hooks, peak_memory_bytes, run_loop
+from burnish.run import Run, hash_of, recover_folder
+from burnish.training import distributed
+from burnish.training.checkpoint import Checkpoints, State, publish, save_adapter, weights_digest
+from burnish.training.fingerprint import fingerprint_of
+from burnish.training.interrupt import asked_to_stop
+from burnish.training.items import make_items, with_references
+from burnish.training.loop import run_loop
+from burnish.training.metrics import Metrics
+from burnish.training.objective import Objective, make_objective
+from burnish.training.progress import Batching, Hooks, Progress
+from burnish.training.proof import prove
 from burnish.training.rate import RangeTest, range_test
-from burnish.training.stages import BASE, MEASURED_ROWS, Start, adopt, carries_on, drawn, judge_gate, measure_losses, merge, start_model
+from burnish.training.ready import equip, order_of, rows_of, tokens_key
+from burnish.training.recovery import peak_memory_bytes
+from burnish.training.stages import BASE, MEASURED_ROWS, Start, adopt, carries_on, drawn, judge_gate, load_state, measure_losses, start_model
 from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, read_trials, sweep
 from burnish.training.trial import trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
-def train(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, tell: Tell = silent, *, start: Start = BASE) -> dict[str, Any]:
-    """Train and keep the best checkpoint. Returns the summary that is also written to training/summary.json."""
-    started = time.perf_counter()
-    sequences, validation = tokenize_all(chat, dataset.train), tokenize_all(chat, dataset.validation)
-    sources = [example.source for example in dataset.train for _ in chat.training_tokens(example)]
-    model = start_model(recipe, start, tell)
+def train(
+    run: Run,
+    dataset: Dataset,
+    recipe: Recipe,
+    chat: Chat,
+    tell: Tell = silent,
+    *,
+    begin: Start = BASE,
+    allow_change: Sequence[str] = (),
+    note: Callable[..., None] = lambda **_: None,
+) -> dict[str, Any]:
+    """Train and keep the best checkpoint; go on where an earlier call was cut off. Returns the summary that is also in training/summary.json.
+
+    `begin`: the recipe's base model with a fresh adapter, or what a stage before left. `allow_change` names conditions (recipe keys, `versions`) that may differ from those of the checkpoints. `note` keeps facts with the step's
+    status. Raises TrainingError, RecipeError where the checkpoints are of another training, or Stopped after a signal, with everything saved.
+    """
+    began = time.monotonic()
+    distributed.join()
+    objective = make_objective(recipe.training)
+    here = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": distributed.local_device(recipe.model.device)})})
+    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=tokens_key(recipe, dataset, chat), tell=tell)
+    rows = rows_of(items, recipe)
+    model = start_model(here, begin, tell)
     base_sha256 = weights_hash(recipe.model.name)
-    before = _fingerprint(model)
-    run.metrics_file.unlink(missing_ok=True)  # training starts at step 0: rows of a run that was cut off do not belong to it
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
+    plan = equip(model, objective, items, recipe, tell)
+    state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
+    items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
+    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size()) | ({"start": begin.sha256} if begin.sha256 else {})
+    writes = distributed.rank() == 0
+    event = _quietly(run.event) if writes else _ignore
+    store = Checkpoints(run.checkpoints_folder, fingerprint, event=event, allowed=allow_change, tell=tell) if writes else None
+    metrics = Metrics(run.metrics_file)
 
-    def keep_best(step: int, loss: float | None) -> None:
-        save_adapter(model, chat, run.adapter_folder, {**facts, "step": step, "validation_loss": loss})
+    def save_as(step: int, loss: float | None) -> None:
+        if store is not None:
+            save_adapter(model, chat, store.best(step), {**facts, "step": step, "validation_loss": loss})
 
-    hooks = Hooks(
-        log=lambda row: append_line(run.metrics_file, row),
-        keep_best=keep_best,
-        tell=tell,
-        describe=lambda chosen: ", ".join(sources[i] for i in chosen[:8]),
-    )
-    progress = run_loop(model, sequences, validation, settings=recipe.training, seed=recipe.seed, hooks=hooks)
-    if _fingerprint(model) == before:
-        raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
+    start = _begin(run, store, metrics, event, tell, note) if store is not None else None
+    with asked_to_stop() as stop:
+        hooks = Hooks(
+            log=metrics.log if writes else _ignore,
+            keep_best=save_as,
+            tell=tell if writes else silent,
+            describe=lambda chosen: ", ".join(dict.fromkeys(items.source(i) for i in chosen[:24])),
+            store=store,
+            flush=metrics.flush if writes else _ignore,
+            rewind=(lambda progress: _rewind(metrics, progress, event)) if writes else _ignore,
+            event=event,
+            stop=stop,
+        )
+        batching = Batching(at_once=plan.at_once, order=order_of(objective, items, recipe))
+        before = time.monotonic() - began
+        try:
+            progress = run_loop(
+                model, items.mixed, items.validation, objective=objective, settings=recipe.training, seed=recipe.seed, hooks=hooks, start=start, batching=batching
+            )  # fmt: skip
+        except Stopped as stopped:
+            if store is not None:
+                _leave_usable(run, store, model, chat, facts)
+            raise Stopped(f"{stopped}; the same command goes on from there", stopped.signal) from None
+    if store is None:
+        return {}
+    proved_from = time.monotonic()
+    manifest = _prove(store, model, chat, progress, objective=objective, base_sha256=base_sha256, items=items.validation or items.train)
+    publish(store.best(progress.best_step), run.adapter_folder)
     base_loss = progress.validation_losses[0][1] if progress.validation_losses else None
     if base_loss is not None and progress.best_loss is not None and progress.best_loss >= base_loss:
         tell("no gain", 0, 0, f"the best validation loss, {progress.best_loss:.4f}, is not below the base model's, {base_loss:.4f}")
-    manifest = verify_adapter(run.adapter_folder, base_sha256)
-    parameters = trainable_parameters(model)
-    summary = {
-        "method": recipe.training.method,
-        "base_model": recipe.model.name,
-        "base_sha256": base_sha256,
-        "adapter_sha256": manifest["files"]["adapter_model.safetensors"]["sha256"],
-        "steps": progress.step,
-        "planned_steps": progress.planned_steps,
-        "skipped_steps": progress.skipped_steps,
-        "epochs": round(progress.examples / len(sequences), 3),
-        "examples": progress.examples,
-        "seconds": round(time.perf_counter() - started, 2),
-        "step_seconds": round(progress.seconds, 2),
-        "tokens": progress.tokens,
-        "target_tokens": progress.target_tokens,
-        "tokens_per_second": round(progress.tokens / progress.seconds, 1),
-        "examples_per_second": round(progress.examples / progress.seconds, 3),
-        "base_validation_loss": base_loss,
-        "best_step": progress.best_step or progress.step,
-        "best_validation_loss": progress.best_loss,
-        "stopped_early": progress.stopped_early,
-        "learning_rate": recipe.training.learning_rate,
-        "trainable_parameters": sum(p.numel() for p in parameters.values()),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "peak_memory_bytes": peak_memory_bytes(),
+    seconds = before + progress.elapsed + time.monotonic() - proved_from
+    summary = _summary(recipe, progress, model, manifest, rows=rows, seconds=seconds)
+    summary |= {
+        "replayed_per_epoch": rows - len(items.train),
+        "gradient_checkpointing": plan.checkpointing,
+        "kept_bytes_per_token": plan.kept_bytes_per_token,
     }
     run.write_json(run.training_file, summary)
     return summary
+
+
+def assist() -> bool:
+    """A process beside the first one of a training: wait for it; returns whether there is anything to do."""
+    return distributed.join()
+
+
+def dismiss() -> None:
+    """Tell the processes beside this one that there is nothing to do."""
+    distributed.join(work=False)
+
+
+def forget_checkpoints(run: Run) -> None:
+    """Once a training is done, nothing goes on from its checkpoints."""
+    shutil.rmtree(run.checkpoints_folder, ignore_errors=True)
 
 
 def tokenize_all(chat: Chat, examples: Sequence[Example]) -> list[Tokens]:
     return [tokens for example in examples for tokens in chat.training_tokens(example)]
 
 
-def _fingerprint(model: Any) -> list[float]:
-    return [float(parameter.detach().double().sum()) for parameter in trainable_parameters(model).values()]
+# ------------------------------------------------------------------------------------------------------------------ inside
+
+
+def _begin(
+    run: Run, store: Checkpoints, metrics: Metrics, event: Callable[..., None], tell: Tell, note: Callable[..., None]
+) -> State | None:  # fmt: skip
+    """The state to go on from; where there is none, a clean start."""
+    recover_folder(run.adapter_folder)
+    started = time.monotonic()
+    state = store.newest()
+    if state is None:
+        forget_checkpoints(run)
+        metrics.path.unlink(missing_ok=True)  # rows of a run that was cut off before its first checkpoint do not belong to this one
+        return None
+    step = int(state.progress["step"])
+    event("resumed", at_step=step, seconds=round(time.monotonic() - started, 3))
+    tell("going on", 0, 0, f"from the checkpoint of step {step}")
+    note(resumes=[*state.progress["resumes"], step])
+    return state
+
+
+def _rewind(metrics: Metrics, progress: Progress, event: Callable[..., None]) -> None:
+    if missing := metrics.rewind(progress.step, len(progress.validation_losses)):
+        event("metrics_incomplete", at_step=progress.step, missing=missing)
+
+
+def _leave_usable(run: Run, store: Checkpoints, model: Any, chat: Chat, facts: dict[str, Any]) -> None:
+    """A training that was stopped leaves the best adapter so far (else the weights of now) where a finished one would."""
+    step, best = store.position()
+    if best:
+        publish(store.best(best), run.adapter_folder)
+    else:
+        save_adapter(model, chat, run.adapter_folder, {**facts, "step": step, "validation_loss": None})
+
+
+def _prove(
+    store: Checkpoints, model: Any, chat: Chat, progress: Progress, *, objective: Objective, base_sha256: str, items: Sequence[Any]
+) -> dict[str, Any]:
+    """The planned steps are done, the weights changed, and what was saved works. Returns the adapter's manifest."""
+    if progress.step < progress.planned_steps and not progress.stopped_early:
+        raise TrainingError(f"only {progress.step} of {progress.planned_steps} planned steps were done. Repeat the command: it goes on")
+    if weights_digest(list(trainable_parameters(model).values())) == progress.initial_digest:
+        raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
+    return prove(
+        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:2],
+        unchanged=progress.best_step == progress.step,
+    )  # fmt: skip
+
+
+def _summary(recipe: Recipe, progress: Progress, model: Any, manifest: dict[str, Any], *, rows: int, seconds: float) -> dict[str, Any]:
+    return {
+        "method": recipe.training.method,
+        "objective": recipe.training.objective,
+        "layers": recipe.training.layers,
+        "base_model": recipe.model.name,
+        "base_sha256": manifest["base_sha256"],
+        **quantizer_facts(model),
+        "adapter_sha256": trained_hash(manifest),
+        "steps": progress.step,
+        "planned_steps": progress.planned_steps,
+        "skipped_steps": progress.skipped_steps,
+        "rollbacks": progress.rollbacks,
+        "resumed_at_steps": progress.resumes,
+        "epochs": round(progress.examples / rows, 3),
+        "examples": progress.examples,
+        "examples_at_once": progress.at_once,
+        "processes": distributed.size(),
+        "seconds": round(seconds, 2),
+        "step_seconds": round(progress.seconds, 2),
+        "tokens": progress.tokens,
+        "target_tokens": progress.target_tokens,
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1),
+        "examples_per_second": round(progress.examples / progress.seconds, 3),
+        "base_validation_loss": progress.validation_losses[0][1] if progress.validation_losses else None,
+        "best_step": progress.best_step or progress.step,
+        "best_validation_loss": progress.best_loss,
+        "stopped_early": progress.stopped_early,
+        "learning_rate": recipe.training.learning_rate,
+        "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _quietly(event: Callable[..., None]) -> Callable[..., None]:
+    """A disk that refuses an event must not end a training that it could go on with."""
+
+    def tell_event(kind: str, **values: Any) -> None:
+        with contextlib.suppress(OSError, BurnishError):
+            event(kind, **values)
+
+    return tell_event
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """What a process does that writes nothing."""
 
 
 __all__ = [
-    "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "best_of", "carries_on", "changed", "default_space", "drawn", "judge_gate",
-    "measure_losses", "merge", "parse_space", "range_test", "read_trials", "start_model", "sweep", "tokenize_all", "train", "trial_runner",
+    "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
+    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "start_model", "sweep", "tokenize_all",
+    "train", "trial_runner",
 ]  # fmt: skip

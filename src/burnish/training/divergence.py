@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import TrainingError
-from burnish.training.loss import frozen_head, full_logits, target_rows
+from burnish.training.loss import full_logits, plain_head, target_rows
 from burnish.training.pack import Batch
 
 # 32 rows × 262,144 words × 4 bytes = 34 MB for each of four buffers, whatever the batch.
@@ -43,7 +43,7 @@ def held_losses(model: Any, batch: Batch, kl_weight: float) -> tuple[Tensor, Ten
     what is lowered = cross-entropy + kl_weight · KL.
     """
     # The base comes first: PEFT's switch must not touch parameters that a graph already holds.
-    if (head := frozen_head(model)) is None:
+    if (head := plain_head(model, batch)) is None:
         with adapter_off(model):
             base = torch.log_softmax(full_logits(model, batch), -1)
         tuned = torch.log_softmax(full_logits(model, batch), -1)

@@ -1,242 +1,267 @@
-"""The loop. One step: count the target tokens of all its micro-batches, add up losses ÷ count, refuse what is not finite, clip, step."""
+"""The loop. One step: count what all its micro-batches hold, add up losses ÷ count, refuse what is not finite, clip, step.
+
+    validate, if it is due → save, if it is due → stop, if asked or done → step → …
+
+Between two steps the whole training is one State (checkpoint.py): what is computed from there on does not depend on how it was reached. The order of
+the data is a pure function of (seed, epoch), random numbers are one of (seed, step), and the position is a number: nothing is replayed.
+"""
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from burnish.errors import TrainingError
-from burnish.models import IGNORED, trainable_parameters
+from burnish.errors import Stopped
+from burnish.models import trainable_parameters
 from burnish.recipe import TrainingSection
-from burnish.training.loss import summed_loss
-from burnish.training.pack import epoch_order, flatten
-from burnish.types import Tell, Tokens, silent
+from burnish.training import distributed
+from burnish.training.checkpoint import State, weights_digest
+from burnish.training.objective import Objective, Supervised
+from burnish.training.pack import epoch_order
+from burnish.training.progress import Batching, Diverged, Hooks, Progress, Work, learning_rate_at, planned_steps
+from burnish.training.recovery import items_at, keep_best, restore, roll_back, save, split_smaller
+from burnish.training.step import backward, is_out_of_memory, make_masters, norm_of, seed_step, share_state, take_gradients, update
+from burnish.types import Tell, silent
 
 SKIPS_IN_A_ROW = 3
+AUTO_CHECKPOINT_SECONDS = 120.0
 
 
-@dataclass(slots=True)
-class Progress:
-    """What the loop knows at any time; `summary.json` is made from it."""
-
-    planned_steps: int
-    step: int = 0
-    tokens: int = 0  # real tokens, prompts included; there is no padding
-    target_tokens: int = 0
-    examples: int = 0
-    seconds: float = 0.0  # of training steps, without validation
-    best_loss: float | None = None
-    best_step: int = 0
-    validations_without_gain: int = 0
-    skipped_steps: int = 0
-    stopped_early: bool = False
-    validation_losses: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What happens outside the loop. `log` gets each metrics row; `keep_best` saves the weights as they are now."""
-
-    log: Callable[[dict[str, Any]], None]
-    keep_best: Callable[[int, float | None], None]
-    tell: Tell = silent
-    describe: Callable[[list[int]], str] = lambda indices: f"training sequences {sorted(indices)[:8]} (counted from 0)"
-
-
-def planned_steps(rows: int, settings: TrainingSection) -> int:
-    """Optimizer steps that `epochs` gives (the last step of an epoch may be smaller), at most `max_steps`."""
-    per_epoch = -(-rows // (int(settings.micro_batch_size) * settings.gradient_accumulation_steps))
-    steps = max(1, math.ceil(per_epoch * settings.epochs - 1e-9))
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
-
-
-def learning_rate_at(step: int, total: int, settings: TrainingSection) -> float:
-    """The rate of step 0, 1, … total − 1: linear warm-up, then cosine to a tenth, linear to zero, or constant."""
-    peak = float(settings.learning_rate)
-    warmup = math.ceil(settings.warmup_fraction * total)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if settings.schedule == "cosine":
-        return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-    return peak * (1 - progress) if settings.schedule == "linear" else peak
+class _GivenUp(Exception):
+    """A validation that was left because somebody asked to stop."""
 
 
 def run_loop(
-    model: Any, train: Sequence[Tokens], validation: Sequence[Tokens], *, settings: TrainingSection, seed: int, hooks: Hooks
-) -> Progress:
-    """Train until the planned steps are done or validation stops getting better. `settings.learning_rate` must be a number by now."""
-    batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
-    progress = Progress(planned_steps(len(train), settings))
-    lengths = [len(sequence.input_ids) for sequence in train]
-    per_epoch = -(-len(train) // batch)
-    parameters = list(trainable_parameters(model).values())
-    # float32 masters: an update of a thousandth of a bfloat16 weight would be rounded away.
-    masters = [parameter.detach().float().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
-    torch.manual_seed(seed)
-    at_once = int(settings.micro_batch_size) if keeps_sequences_apart(model, train) else 1
-    if at_once != settings.micro_batch_size:
-        hooks.tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
-    _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
-    skipped = 0
-    for indices in _steps(lengths, seed=seed, batch=batch, steps=progress.planned_steps):
-        started = time.perf_counter()
-        sequences = [train[index] for index in indices]
-        loss, targets = _backward(model, sequences, at_once)
-        norm = _gradient_norm(parameters)
-        rate = learning_rate_at(progress.step, progress.planned_steps, settings)
-        progress.step += 1
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            skipped = 0
-            _update(optimizer, parameters, masters, rate=rate, scale=min(1.0, settings.max_gradient_norm / (norm + 1e-6)))
-        else:
-            skipped += 1
-            progress.skipped_steps += 1
-        for parameter in parameters:
-            parameter.grad = None
-        progress.seconds += time.perf_counter() - started
-        progress.tokens += sum(len(sequence.input_ids) for sequence in sequences)
-        progress.target_tokens += targets
-        progress.examples += len(sequences)
-        hooks.log(_row(progress, len(train), loss=loss if finite else None, rate=rate, norm=norm if finite else None))
-        if skipped >= SKIPS_IN_A_ROW:
-            raise TrainingError(
-                f"diverged: the loss or gradient was not finite in {skipped} steps in a row, the last with {hooks.describe(indices)}. "
-                "Lower training.learning_rate or look at these rows"
-            )
-        left = (progress.planned_steps - progress.step) * progress.seconds / progress.step
-        hooks.tell(
-            "training",
-            progress.step,
-            progress.planned_steps,
-            f"loss {loss:.3f} · {progress.tokens / progress.seconds:.0f} tok/s · {left / 60:.1f} min left",
-        )
-        share = settings.validations_per_epoch / per_epoch
-        if int(progress.step * share + 1e-9) > int((progress.step - 1) * share + 1e-9) or progress.step == progress.planned_steps:
-            _validate(model, validation, progress, settings=settings, hooks=hooks, at_once=at_once)
-            if progress.stopped_early:
-                break
-    if not validation:
-        hooks.keep_best(progress.step, None)
-    return progress
-
-
-def mean_loss(model: Any, sequences: Sequence[Tokens], micro_batch_size: int, tell: Tell = silent) -> float:
-    """Mean nats per target token over all sequences, without gradients."""
-    total, targets = 0.0, 0
-    # Like lengths together; the order of a sum does not matter.
-    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
-    with torch.inference_mode():
-        for start in range(0, len(ordered), micro_batch_size):
-            batch = flatten(ordered[start : start + micro_batch_size]).to(model.device)
-            total += float(summed_loss(model, batch))
-            targets += len(batch.targets)
-            tell("validation loss", min(start + micro_batch_size, len(ordered)), len(ordered), "")
-    return total / targets
-
-
-def keeps_sequences_apart(model: Any, train: Sequence[Tokens]) -> bool:
-    """Whether a sequence's loss is the same whatever is packed before it: proved on this model, not assumed of its family."""
-    first, second = sorted(train, key=lambda tokens: len(tokens.input_ids))[:2] if len(train) > 1 else (train[0], train[0])
-    other = Tokens([first.input_ids[0]] * len(first.input_ids), first.labels)  # the same length, other words
-    only_second = Tokens(second.input_ids, second.labels)
-    losses = []
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for before in (first, other):
-            unscored = Tokens(before.input_ids, [IGNORED] * len(before.input_ids))
-            losses.append(float(summed_loss(model, flatten([unscored, only_second]).to(model.device))))
-    model.train(was_training)
-    return math.isclose(*losses, rel_tol=1e-4, abs_tol=1e-6)
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far (on a GPU: of its allocator)."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _steps(lengths: Sequence[int], *, seed: int, batch: int, steps: int) -> Iterator[list[int]]:
-    done, epoch = 0, 0
-    while True:
-        order = epoch_order(lengths, seed=seed, epoch=epoch, batch=batch)
-        for start in range(0, len(order), batch):
-            if done == steps:
-                return
-            yield order[start : start + batch]
-            done += 1
-        epoch += 1
-
-
-def _backward(model: Any, sequences: Sequence[Tokens], micro_batch_size: int) -> tuple[float, int]:
-    """Gradients of (sum of losses ÷ target tokens of the whole step). Returns (mean loss, target tokens)."""
-    model.train()
-    batches = [flatten(sequences[start : start + micro_batch_size]) for start in range(0, len(sequences), micro_batch_size)]
-    targets = sum(len(batch.targets) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = summed_loss(model, batch.to(model.device)) / targets
-        loss.backward()
-        total += float(loss.detach())
-    return total, targets
-
-
-def _gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
-    return float(torch.stack([p.grad.float().norm() for p in parameters if p.grad is not None]).norm())
-
-
-def _update(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    masters: Sequence[torch.Tensor],
+    model: Any,
+    train: Sequence[Any],
+    validation: Sequence[Any],
     *,
-    rate: float,
-    scale: float,
-) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    for parameter, master in zip(parameters, masters, strict=True):
-        master.grad = None if parameter.grad is None else parameter.grad.float().mul_(scale)
-    optimizer.step()
-    with torch.no_grad():
-        for parameter, master in zip(parameters, masters, strict=True):
-            parameter.copy_(master)
-            master.grad = None
+    objective: Objective | None = None,
+    settings: TrainingSection,
+    seed: int,
+    hooks: Hooks,
+    start: State | None = None,
+    batching: Batching | None = None,
+) -> Progress:
+    """Train until the planned steps are done or validation stops getting better. `settings.learning_rate` must be a number by now.
+
+    Of `train` only its length and single items are used (a memory-mapped one brings `lengths`). Raises TrainingError, or Stopped after saving.
+    """
+    work = _begin(model, train, validation, objective or Supervised(), settings, seed, hooks, batching or Batching())
+    if (state := share_state(start)) is not None:
+        restore(work, state)
+        work.progress.resumes.append(work.progress.step)
+        hooks.rewind(work.progress)
+    while True:
+        try:
+            _validate_if_due(work)
+            if _save_or_stop(work):
+                break
+            _step(work)
+        except Diverged as problem:
+            roll_back(work, problem)
+    return work.progress
 
 
-def _validate(
-    model: Any, validation: Sequence[Tokens], progress: Progress, *, settings: TrainingSection, hooks: Hooks, at_once: int
-) -> None:
-    if not validation:
+def mean_loss(
+    model: Any,
+    items: Sequence[Any],
+    micro_batch_size: int,
+    tell: Tell = silent,
+    *,
+    objective: Objective | None = None,
+    give_up: Callable[[], bool] = lambda: False,
+) -> float:
+    """Mean loss per unit (nats per target token) over all items, without gradients; the processes share the work."""
+    objective = objective or Supervised()
+    summed = count = 0.0
+    # Like lengths together; the order of a sum does not matter.
+    ordered = sorted(items, key=objective.length)
+    starts = range(0, len(ordered), micro_batch_size)[distributed.rank() :: distributed.size()]
+    for start in starts:
+        if give_up():
+            raise _GivenUp
+        batch = ordered[start : start + micro_batch_size]
+        summed += objective.summed(model, batch)
+        count += objective.count(batch)
+        distributed.beat()
+        tell("validation loss", min(start + micro_batch_size, len(ordered)), len(ordered), "")
+    summed, count = distributed.total(summed, count)
+    return summed / count
+
+
+# ------------------------------------------------------------------------------------------------------------------ inside
+
+
+def _begin(
+    model: Any, train: Sequence[Any], validation: Sequence[Any], objective: Objective, settings: TrainingSection, seed: int, hooks: Hooks,
+    batching: Batching,
+) -> Work:  # fmt: skip
+    named = trainable_parameters(model)
+    parameters = list(named.values())
+    masters = make_masters(parameters)
+    optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
+    batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
+    order = batching.order or _order_of(train, objective, seed=seed, batch=batch, buckets=batching.buckets)
+    share = -(-batch // distributed.size())
+    first = order(0)
+    progress = Progress(planned_steps(len(first), settings), min(batching.at_once or int(settings.micro_batch_size), share))
+    progress.initial_digest = weights_digest(parameters)
+    work = Work(model, train, validation, objective, settings, seed, hooks, order, progress, list(named), parameters, masters, optimizer)
+    work.began = work.saved_at = time.monotonic()
+    work.epoch = (0, first)
+    return work
+
+
+def _order_of(train: Sequence[Any], objective: Objective, *, seed: int, batch: int, buckets: bool) -> Callable[[int], Sequence[int]]:
+    lengths = getattr(train, "lengths", None)  # a memory-mapped sequence knows them
+    if lengths is None:
+        lengths = [objective.length(item) for item in train]
+    return lambda epoch: epoch_order(lengths, seed=seed, epoch=epoch, batch=batch, buckets=buckets)
+
+
+def _step(work: Work) -> None:
+    progress, hooks, settings = work.progress, work.hooks, work.settings
+    started = time.perf_counter()
+    position = (progress.epoch, progress.place)
+    indices = items_at(work, *position)
+    rate = learning_rate_at(progress.step, progress.planned_steps, settings)
+    loss, norm, count, tokens = math.nan, math.nan, 0, 0.0
+    figures: dict[str, float] = {}
+    avoided = position in progress.avoid
+    if not avoided:
+        items = [work.train[index] for index in indices[distributed.rank() :: distributed.size()]]
+        loss, count, figures = _gradients(work, items)
+        gradients = take_gradients(work.parameters, work.masters)
+        norm = norm_of(gradients)
+        (tokens,) = distributed.total(sum(work.objective.length(item) for item in items))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    progress.step += 1
+    progress.place += work.batch
+    if progress.place >= len(work.epoch[1]):
+        progress.epoch, progress.place = progress.epoch + 1, 0
+    if finite:
+        progress.not_finite = []
+        scale = min(1.0, settings.max_gradient_norm / (norm + 1e-6))
+        update(work.optimizer, work.parameters, work.masters, gradients, rate=rate, scale=scale)
+        progress.loss_sum, progress.loss_count = progress.loss_sum + loss * count, progress.loss_count + count
+    else:
+        progress.skipped_steps += 1
+        if not avoided:
+            progress.not_finite.append(position)
+            hooks.event(
+                "step_skipped", at_step=progress.step, reason="the loss or the gradient was not finite", rows=hooks.describe(indices)
+            )
+    progress.seconds += time.perf_counter() - started
+    progress.tokens += int(tokens)
+    progress.target_tokens += count
+    progress.examples += len(indices)
+    distributed.beat(step=True)
+    row = _row(progress, len(work.epoch[1]), loss=loss if finite else None, rate=rate, norm=norm if finite else None)
+    hooks.log({**row, **{name: round(value, 6) for name, value in figures.items()}})
+    if len(progress.not_finite) >= SKIPS_IN_A_ROW:
+        raise Diverged(f"the loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, up to step {progress.step}")
+    left = (progress.planned_steps - progress.step) * progress.seconds / progress.step
+    shown = f"loss {loss:.3f}" if finite else "left out: not finite"
+    speed = f"{progress.tokens / progress.seconds:.0f} tok/s · {left / 60:.1f} min left"
+    hooks.tell("training", progress.step, progress.planned_steps, f"{shown} · {speed}")
+
+
+def _gradients(work: Work, items: Sequence[Any]) -> tuple[float, int, dict[str, float]]:
+    """(mean loss, count, other figures) of the step; gradients are in the parameters. Where memory ends, the step is done again in smaller parts."""
+    (count,) = distributed.total(work.objective.count(items))
+    figures_of: Callable[[], dict[str, float]] = getattr(work.objective, "figures", dict)
+    while True:
+        seed_step(work.seed, work.progress.step)
+        loss, full = 0.0, ""
+        try:
+            loss = backward(work.model, work.objective, items, at_once=work.progress.at_once, denominator=int(count))
+        except Exception as problem:
+            if not is_out_of_memory(problem):
+                raise
+            full = str(problem)[:200] or type(problem).__name__
+        loss, anywhere = distributed.total(loss, float(bool(full)))
+        figures = figures_of()
+        if not anywhere:
+            names = distributed.share(sorted(figures))
+            sums = distributed.total(*(figures.get(name, 0.0) for name in names)) if names else []
+            return loss, int(count), {name: value / count for name, value in zip(names, sums, strict=True)}
+        split_smaller(work, items, full)
+
+
+def _validate_if_due(work: Work) -> None:
+    progress = work.progress
+    if not work.validation or not _is_due(work) or (progress.validation_losses and progress.validation_losses[-1][0] == progress.step):
         return
     started = time.perf_counter()
-    model.eval()
-    loss = mean_loss(model, validation, at_once)
+    work.model.eval()
+    alone = distributed.size() == 1
+    try:
+        loss = _mean_loss_in_memory(work, lambda: alone and work.hooks.stop() is not None)
+    except _GivenUp:
+        return  # it is still due: whoever goes on begins with it
     if not math.isfinite(loss):
-        raise TrainingError(f"diverged: the validation loss after step {progress.step} is not finite. Lower training.learning_rate")
+        raise Diverged(f"the validation loss after step {progress.step} is not finite")
     progress.validation_losses.append((progress.step, loss))
-    hooks.log({"step": progress.step, "validation_loss": round(loss, 6), "seconds": round(time.perf_counter() - started, 3)})
+    row = {"step": progress.step, "validation_loss": round(loss, 6), "seconds": round(time.perf_counter() - started, 3)}
+    if progress.loss_count:
+        row["training_loss"] = round(progress.loss_sum / progress.loss_count, 6)
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    work.hooks.log(row)
     if progress.step == 0:
         return  # the base's own loss: where the curve begins, not a checkpoint
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.validations_without_gain = loss, progress.step, 0
-        hooks.keep_best(progress.step, loss)
+        keep_best(work)
         return
     progress.validations_without_gain += 1
-    patience = settings.early_stopping_patience
+    patience = work.settings.early_stopping_patience
     progress.stopped_early = bool(patience) and progress.validations_without_gain >= patience and progress.step < progress.planned_steps
+
+
+def _mean_loss_in_memory(work: Work, give_up: Callable[[], bool]) -> float:
+    while True:
+        try:
+            return mean_loss(work.model, work.validation, work.progress.at_once, objective=work.objective, give_up=give_up)
+        except Exception as problem:
+            if not is_out_of_memory(problem) or distributed.size() > 1:
+                raise
+            full = str(problem)[:200]
+        split_smaller(work, work.validation, full)
+
+
+def _is_due(work: Work) -> bool:
+    """Whether a validation belongs after this step: before the first, `validations_per_epoch` times evenly, after the last."""
+    step = work.progress.step
+    share = work.settings.validations_per_epoch / -(-len(work.epoch[1]) // work.batch)
+    return step in (0, work.progress.planned_steps) or int(step * share + 1e-9) > int((step - 1) * share + 1e-9)
+
+
+def _save_or_stop(work: Work) -> bool:
+    """Between two steps: save if it is due, leave if somebody asked. Returns whether the training is done."""
+    progress, hooks = work.progress, work.hooks
+    done = progress.stopped_early or progress.step >= progress.planned_steps
+    if done and not work.validation and progress.best_step != progress.step:
+        progress.best_step = progress.step
+        keep_best(work)
+    asked = hooks.stop()
+    now = (progress.step, len(progress.validation_losses))
+    every = work.settings.checkpoint_steps
+    due = now[1] != work.saved[1] or done or asked is not None or work.saved[0] < 0
+    due = due or (time.monotonic() - work.saved_at >= AUTO_CHECKPOINT_SECONDS if every == "auto" else progress.step % every == 0)
+    terminated, interrupted, dues = distributed.total(float(asked == signal.SIGTERM), float(asked == signal.SIGINT), float(due))
+    if dues and now != work.saved:
+        save(work, must=done or asked is not None or work.saved[0] < 0)
+    if terminated or interrupted:
+        where = f"saved in {hooks.store.folder}" if hooks.store else "nothing is kept"
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        raise Stopped(f"stopped after step {progress.step} of {progress.planned_steps}, {where}", int(number))
+    return done
 
 
 def _row(progress: Progress, rows: int, *, loss: float | None, rate: float, norm: float | None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Cross-entropy of a language model on its target tokens only, summed, in nats.
+"""Cross-entropy of a language model on its target tokens only, in nats, without ever holding the logits.
 
 Gemma 3 270M has a vocabulary of 262,144: a naive loop spends 63 % of its multiplications and nearly all of its memory on the head. Here the
-head sees only rows that carry a target, a block of rows at a time, and the gradient of a block is taken at once, so that logits never live
-longer than their block.
+head sees only rows that carry a target, a block of the vocabulary at a time; a running log-sum-exp joins the blocks (the idea of Cut
+Cross-Entropy, arXiv 2411.09009). On the way back only words that some row gives a probability above the compute type's resolution are
+multiplied again (one in five for Gemma 3 270M in float32, one in sixteen in bfloat16); what all the others add up to is kept as a mean.
 """
 
 from __future__ import annotations
@@ -15,72 +16,31 @@ from torch import Tensor
 
 from burnish.training.pack import Batch
 
-# 64 rows × 262,144 words × 4 bytes = 67 MB for each of two buffers, whatever the batch.
-_BLOCK_LOGITS = 64 * 262_144
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy(hidden · weightᵀ, targets) of each row, for a frozen head; the gradient with respect to `hidden` is made on the way forward.
-
-    The loss of a row depends on that row only, so backward just scales each row's gradient by what comes from above.
-
-    The buffers of a block are used again by the next: on a CPU, touching fresh memory costs more than the arithmetic.
-    """
-
-    @staticmethod
-    def forward(context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        # hidden: (N, D), weight: (V, D), targets: (N,)
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        losses = torch.empty(hidden.shape[0], device=hidden.device)  # (N,) float32
-        rows = min(max(1, _BLOCK_LOGITS // weight.shape[0]), max(1, hidden.shape[0]))
-        narrow = hidden.new_empty(rows, weight.shape[0])  # (n, V) in the compute type
-        wide, result = (torch.empty(rows, weight.shape[0], device=hidden.device) for _ in range(2))  # (n, V) in float32
-        for start in range(0, hidden.shape[0], rows):
-            block, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            n = block.shape[0]
-            logits = wide[:n].copy_(torch.mm(block, weight.T, out=narrow[:n]))
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            log_probabilities = torch.log_softmax(logits, -1, out=result[:n])
-            losses[start : start + n] = -log_probabilities.gather(1, wanted)[:, 0]
-            if gradient is not None:
-                slope = log_probabilities.exp_()  # d loss / d logits = softmax − one-hot
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
-                if softcap is not None:
-                    slope.mul_(1 - (logits / softcap) ** 2)
-                torch.mm(narrow[:n].copy_(slope), weight, out=gradient[start : start + n])
-        context.gradient = gradient
-        return losses
-
-    @staticmethod
-    def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
-        gradient = context.gradient
-        context.gradient = None
-        return (None if gradient is None else gradient.mul_(outputs[0][:, None].to(gradient.dtype))), None, None, None
-
-
-def summed_loss(model: Any, batch: Batch) -> Tensor:
-    """Σ over target tokens of −log p(token), nats, float32 scalar with a graph. Divide by the number of targets of the whole step."""
-    return token_losses(model, batch).double().sum().float()
+# Numbers of a block of logits: 4 M × 4 bytes fit a CPU's last cache; a GPU wants larger products.
+_BLOCK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}
+# A word that every row gives less than this is not multiplied on the way back. Measured on Gemma 3 270M and GSM8K, against the dense product:
+# the gradient differs by 1.0e-4 of its norm in float32, 1.0e-3 in bfloat16, where the dense product itself is off by 2.4e-3.
+_LEAST_PROBABILITY = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
 
 
 def token_losses(model: Any, batch: Batch) -> Tensor:
-    """(N,) −log p of each target token, nats, float32, with a graph.
-
-    Packed sequences are kept apart by their positions. transformers 5.23 builds that mask only with `use_cache=False`.
-    """
-    if (head := frozen_head(model)) is None:
+    """−log p of each target token, nats: (N,) float32 with a graph, in the order of `batch.targets`."""
+    if (head := plain_head(model, batch)) is None:
         return F.cross_entropy(full_logits(model, batch), batch.targets, reduction="none")
-    weight, softcap = head
-    return _HeadLoss.apply(target_rows(model, batch), weight, batch.targets, softcap)
+    return _HeadLoss.apply(target_rows(model, batch), head[0], batch.targets, head[1])
 
 
-def frozen_head(model: Any) -> tuple[Tensor, float | None] | None:
-    """(weight (V, D), soft cap of the logits) where logits are no more than that of the last hidden rows; else None."""
+def summed_loss(model: Any, batch: Batch) -> Tensor:
+    """Σ over target tokens of −log p(token), nats, a scalar with a graph. Divide by the number of targets of the whole step."""
+    return token_losses(model, batch).sum()
+
+
+def plain_head(model: Any, batch: Batch) -> tuple[Tensor, float | None] | None:
+    """(weight (V, D), soft cap of the logits) where logits are no more than that of the last hidden rows, and blocks are wanted; else None."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal.get_output_embeddings()
     softcap, plain = _after_head(causal.config)
-    if plain and head is not None and head.bias is None and not head.weight.requires_grad and type(head) is torch.nn.Linear:
+    if batch.blocked and plain and head is not None and head.bias is None and type(head) is torch.nn.Linear:
         return head.weight, softcap
     return None
 
@@ -88,17 +48,118 @@ def frozen_head(model: Any) -> tuple[Tensor, float | None] | None:
 def target_rows(model: Any, batch: Batch) -> Tensor:
     """(N, D) last hidden rows of the places whose next token is a target."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.base_model(**_arguments(batch)).last_hidden_state[0][batch.predictors]
+    return causal.base_model(**batch.model_arguments()).last_hidden_state[0][batch.predictors]
 
 
 def full_logits(model: Any, batch: Batch) -> Tensor:
-    """(N, V) float32, for heads that are more than one frozen product."""
+    """(N, V) float32, for heads that are more than one product."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal(**_arguments(batch), logits_to_keep=batch.predictors).logits[0].float()
+    return causal(**batch.model_arguments(), logits_to_keep=batch.predictors).logits[0].float()
 
 
-def _arguments(batch: Batch) -> dict[str, Any]:
-    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy(hidden · weightᵀ, targets) row by row: (N, D), (V, D), (N,) → (N,)."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        wanted, log_sums, highest = _log_sum_exp(hidden, weight, targets, softcap)
+        context.save_for_backward(hidden, weight, targets, log_sums, highest)
+        context.softcap = softcap
+        return log_sums - wanted
+
+    @staticmethod
+    def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets, log_sums, highest = context.saved_tensors
+        by_row = outputs[0].float()[:, None]  # (N, 1)
+        if context.needs_input_grad[1]:
+            return (*_dense_gradients(hidden, weight, targets, log_sums, by_row, context.softcap), None, None)
+        return _sparse_gradient(hidden, weight, targets, log_sums, highest, by_row, context.softcap), None, None, None
+
+
+def _log_sum_exp(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) logit of each target, (N,) log Σ exp of each row, (V,) an upper bound of each word's probability over the rows."""
+    rows, words = hidden.shape[0], weight.shape[0]
+    wanted = torch.zeros(rows, device=hidden.device)
+    log_sums = torch.full((rows, 1), -torch.inf, device=hidden.device)
+    highest = torch.empty(words, device=hidden.device)
+    for start, stop, logits in _logit_blocks(hidden, weight, softcap):
+        inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
+        wanted[inside] = logits[inside, targets[inside] - start]
+        reference = torch.maximum(log_sums, logits.amax(1, keepdim=True))
+        # exp(logit − reference) is never above 1 and never below the probability, since the final log-sum is at least the reference.
+        powers = logits.sub_(reference).exp_()
+        torch.amax(powers, 0, out=highest[start:stop])
+        log_sums = reference + torch.log(torch.exp(log_sums - reference) + powers.sum(1, keepdim=True))
+    return wanted, log_sums[:, 0], highest
+
+
+def _sparse_gradient(
+    hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, highest: Tensor, by_row: Tensor, softcap: float | None
+) -> Tensor:
+    """d loss / d hidden (N, D): Σ_words p · w − w_target, for each row times `by_row`."""
+    likely = highest > _LEAST_PROBABILITY.get(hidden.dtype, 0.0)
+    likely[targets] = True
+    chosen = likely.nonzero()[:, 0]  # (C,) ascending
+    place = torch.searchsorted(chosen, targets)
+    gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    missing = torch.ones(hidden.shape[0], 1, device=hidden.device)  # probability of the words left out
+    width = _block_width(hidden)
+    for start in range(0, len(chosen), width):
+        some = weight[chosen[start : start + width]]  # (C', D)
+        raw = torch.mm(hidden, some.T).float()
+        capped = raw if softcap is None else torch.tanh(raw / softcap).mul_(softcap)
+        slope = torch.exp(capped - log_sums[:, None])
+        missing -= slope.sum(1, keepdim=True)
+        inside = ((place >= start) & (place < start + width)).nonzero()[:, 0]
+        slope[inside, place[inside] - start] -= 1.0
+        if softcap is not None:
+            slope.mul_(1 - (capped / softcap) ** 2)
+        gradient += torch.mm(slope.mul_(by_row).to(some.dtype), some)
+    if len(chosen) < weight.shape[0]:
+        rest = torch.where(likely, 0.0, highest)
+        mean = torch.mv(weight.T, rest.to(weight.dtype)).float() / rest.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        gradient += (missing.clamp_(min=0) * by_row) * mean
+    return gradient.to(hidden.dtype)
+
+
+def _dense_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, by_row: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """(d loss / d hidden, d loss / d weight) for a head that is trained. No word is left out: an optimizer that divides by the size of a
+    gradient, as Adam does, would make the smallest ones large."""
+    gradient, of_weight = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device), torch.empty_like(weight)
+    for start, stop, logits in _logit_blocks(hidden, weight, softcap):
+        inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
+        slope = torch.exp(logits - log_sums[:, None])
+        slope[inside, targets[inside] - start] -= 1.0
+        if softcap is not None:
+            slope.mul_(1 - (logits / softcap) ** 2)
+        narrow = slope.mul_(by_row).to(weight.dtype)
+        gradient += torch.mm(narrow, weight[start:stop])
+        torch.mm(narrow.T, hidden, out=of_weight[start:stop])
+    return gradient.to(hidden.dtype), of_weight
+
+
+def _logit_blocks(hidden: Tensor, weight: Tensor, softcap: float | None) -> Any:
+    """Yield (start, stop, logits (N, stop − start) float32). The block's buffers are used again by the next: fresh memory costs more than arithmetic."""
+    rows, words = hidden.shape[0], weight.shape[0]
+    width = min(_block_width(hidden), words)
+    narrow = hidden.new_empty(rows * width)
+    wide = narrow if hidden.dtype == torch.float32 else torch.empty(rows * width, device=hidden.device)
+    for start in range(0, words, width):
+        stop = min(start + width, words)
+        block, logits = (buffer[: rows * (stop - start)].view(rows, stop - start) for buffer in (narrow, wide))
+        torch.mm(hidden, weight[start:stop].T, out=block)
+        if logits is not block:
+            logits.copy_(block)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        yield start, stop, logits
+
+
+def _block_width(hidden: Tensor) -> int:
+    numbers = _BLOCK_NUMBERS.get(hidden.device.type, _BLOCK_NUMBERS["cuda"])
+    return max(256, numbers // max(1, hidden.shape[0]))
 
 
 def _after_head(config: Any) -> tuple[float | None, bool]:

@@ -14,7 +14,7 @@ from burnish.models import Chat
 from burnish.recipe import TrainingSection
 from burnish.training.divergence import held_losses
 from burnish.training.loss import summed_loss
-from burnish.training.pack import flatten
+from burnish.training.pack import Paths, flatten
 from burnish.training.preference import Preference
 from burnish.types import Example, Tokens
 
@@ -23,6 +23,8 @@ class Objective(Protocol):
     """Items are what one row becomes: Tokens, or a pair of them."""
 
     unit: str  # what a loss is divided by: "target token", "pair"
+    paths: Paths  # how its sequences are computed
+    tokens_only: bool  # items are Tokens, nothing beside them
 
     def items(self, chat: Chat, example: Example) -> list[Any]:
         """What a row is trained as."""
@@ -50,6 +52,8 @@ class Supervised:
     """Cross-entropy of the target tokens, nats."""
 
     unit = "target token"
+    paths = Paths()
+    tokens_only = True
 
     def items(self, chat: Chat, example: Example) -> list[Tokens]:
         return chat.training_tokens(example)
@@ -64,13 +68,13 @@ class Supervised:
         return sum(item.target_tokens for item in items)
 
     def backward(self, model: Any, items: Sequence[Tokens], denominator: int) -> float:
-        loss = summed_loss(model, flatten(items).to(model.device)) / denominator
+        loss = summed_loss(model, flatten(items, self.paths).to(model.device)) / denominator
         loss.backward()
         return float(loss.detach())
 
     def summed(self, model: Any, items: Sequence[Tokens]) -> float:
         with torch.inference_mode():
-            return float(summed_loss(model, flatten(items).to(model.device)))
+            return float(summed_loss(model, flatten(items, self.paths).to(model.device)))
 
     def figures(self) -> dict[str, float]:
         return {}
@@ -85,13 +89,13 @@ class KeepClose:
 
     def __init__(self, inner: Objective, kl_weight: float) -> None:
         self.inner, self.kl_weight = inner, kl_weight
-        self.unit = inner.unit
+        self.unit, self.paths, self.tokens_only = inner.unit, inner.paths, inner.tokens_only
         self.items, self.sequences, self.length = inner.items, inner.sequences, inner.length
         self.count, self.summed = inner.count, inner.summed
         self._kl: float | None = None
 
     def backward(self, model: Any, items: Sequence[Any], denominator: int) -> float:
-        batch = flatten([tokens for item in items for tokens in self.sequences(item)]).to(model.device)
+        batch = flatten([tokens for item in items for tokens in self.sequences(item)], self.paths).to(model.device)
         lowered, cross, divergence = held_losses(model, batch, self.kl_weight)
         (lowered.double().sum().float() / denominator).backward()
         self._kl = (self._kl or 0.0) + float(divergence.double().sum())
@@ -108,7 +112,8 @@ OBJECTIVES: dict[str, Callable[[TrainingSection], Objective]] = {
 }
 
 
-def make_objective(settings: TrainingSection) -> Objective:
+def make_objective(settings: TrainingSection, paths: Paths | None = None) -> Objective:
     """What `training.objective` names, held near the base model where `training.kl_weight` says so."""
     objective = OBJECTIVES[settings.objective](settings)
+    objective.paths = paths or Paths()
     return KeepClose(objective, settings.kl_weight) if settings.kl_weight else objective

@@ -1,28 +1,52 @@
-"""Training sequences → steps. The order is a pure function of (seed, epoch, n); a batch is one row without padding."""
+"""Training sequences → steps. The order is a pure function of (seed, epoch, n); a batch is one row without padding.
+
+Sequences that begin alike (a system prompt, a schema, the two answers of a preference) share that beginning: it stands in the row once, and
+the sequences branch off it. Each piece is a segment, and a token attends to its own segment and to those it branched off:
+
+    segment          0: <bos> You are …        1: hi → hello       2: bye → farewell
+    position_ids     0 1 2 3 …                 20 21 22 …          20 21 22 …
+    looks back to    —                         0                   0
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from burnish.models import IGNORED
+from burnish.models import IGNORED, Segment
 from burnish.types import Tokens
+
+# Sharing fewer tokens than this saves less than another segment costs.
+_LEAST_SHARED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences joined in one row; `position_ids` start again at 0 with each, and that is how attention keeps them apart.
+class Paths:
+    """How sequences become a batch and how it is computed: `engine` in a recipe, as far as the model takes it. All give the same loss."""
 
-    input_ids     a0 a1 a2 b0 b1      (1, T)
-    position_ids   0  1  2  0  1      (1, T)
-    predictors        0  1     3      (N,)   places whose next token is a target
-    targets          a1 a2    b1      (N,)
-    owners            0  0     1      (N,)   the sequence that each target belongs to
+    by_segment: bool = False  # attention follows segments: models.attend_by_segment must have said yes
+    share: bool = False  # common beginnings are computed once; needs by_segment
+    blocked: bool = True  # the head in blocks of the vocabulary
+    packed: bool = True  # False: the model lets packed sequences see each other, so each is computed alone
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences joined in one row.
+
+    input_ids      (1, T)
+    position_ids   (1, T)   place of each token in its own sequence
+    predictors     (N,)     places whose next token is a target; a place where sequences part stands once for each
+    targets        (N,)
+    owners         (N,)     which sequence a target belongs to
+    segments                what attends to what; None: sequences are kept apart by position_ids alone
     """
 
     input_ids: Tensor
@@ -30,39 +54,119 @@ class Batch:
     predictors: Tensor
     targets: Tensor
     owners: Tensor
+    segments: tuple[Segment, ...] | None = None
+    blocked: bool = True
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.owners)
-        return Batch(*(tensor.to(device) for tensor in tensors))
+        names = ("input_ids", "position_ids", "predictors", "targets", "owners")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What a transformers model is called with. Without segments, transformers builds the block mask from positions (only without a cache)."""
+        arguments: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        if self.segments is not None:
+            # A mask of four dimensions is passed on as it is; attention by segments looks at the segments only.
+            arguments |= {"segments": self.segments, "attention_mask": self._no_mask}
+        return arguments
+
+    @cached_property
+    def _no_mask(self) -> Tensor:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
 
 
-def flatten(sequences: Sequence[Tokens]) -> Batch:
+def flatten(sequences: Sequence[Tokens], paths: Paths = Paths()) -> Batch:
     """Join sequences into one batch. A label belongs to the place before it; the first token of a sequence is never a target."""
-    ids: list[int] = []
-    positions: list[int] = []
+    row = _Row([], [], [])
+    places: list[list[int]] = [[] for _ in sequences]  # of each sequence's tokens in the row
+    if paths.by_segment and paths.share:
+        order = sorted(range(len(sequences)), key=lambda index: sequences[index].input_ids)
+        _branch(sequences, order, 0, (), row, places)
+    else:
+        for index in range(len(sequences)):
+            _add(sequences, [index], 0, len(sequences[index].input_ids), (), row, places)
     predictors: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
-    for number, sequence in enumerate(sequences):
-        offset = len(ids)
-        ids += sequence.input_ids
-        positions += range(len(sequence.input_ids))
+    for index, sequence in enumerate(sequences):
+        mine = places[index]
         for place, label in enumerate(sequence.labels[1:]):
             if label != IGNORED:
-                predictors.append(offset + place)
+                predictors.append(mine[place])
                 targets.append(label)
-                owners.append(number)
-    return Batch(torch.tensor([ids]), torch.tensor([positions]), *(torch.tensor(part) for part in (predictors, targets, owners)))
+                owners.append(index)
+    tensor = torch.tensor
+    return Batch(
+        tensor([row.ids]), tensor([row.positions]), tensor(predictors), tensor(targets), tensor(owners),
+        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked,
+    )  # fmt: skip
 
 
-def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch: int, indices: Sequence[int] | None = None) -> list[int]:
-    """Indices 0..n−1 (or those given), shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again.
+@dataclass(slots=True)
+class _Row:
+    ids: list[int]
+    positions: list[int]
+    segments: list[Segment]
+
+
+def _branch(
+    sequences: Sequence[Tokens], order: list[int], begin: int, parents: tuple[int, ...], row: _Row, places: list[list[int]]
+) -> None:
+    """Lay down sequences (sorted) from place `begin` on: neighbours that go on alike for long enough share a segment."""
+    rest = list(order)
+    while rest:
+        first = sequences[rest[0]].input_ids
+        group, shared = [rest[0]], len(first)
+        for index in rest[1:]:
+            common = min(shared, _common(first, sequences[index].input_ids))
+            if common - begin < _LEAST_SHARED:
+                break
+            group.append(index)
+            shared = common
+        rest = rest[len(group) :]
+        if len(group) == 1:
+            _add(sequences, group, begin, len(first), parents, row, places)
+            continue
+        segment = _add(sequences, group, begin, shared, parents, row, places)
+        longer = [index for index in group if len(sequences[index].input_ids) > shared]
+        _branch(sequences, longer, shared, (*parents, segment), row, places)
+
+
+def _add(
+    sequences: Sequence[Tokens], group: list[int], begin: int, end: int, parents: tuple[int, ...], row: _Row, places: list[list[int]]
+) -> int:
+    start = len(row.ids)
+    row.ids += sequences[group[0]].input_ids[begin:end]
+    row.positions += range(begin, end)
+    row.segments.append(Segment(start, start + end - begin, begin, parents))
+    for index in group:
+        places[index] += range(start, start + end - begin)
+    return len(row.segments) - 1
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    low, high = 0, length  # a[:low] equal, a[:high] not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle)
+    return low
+
+
+def epoch_order(
+    lengths: Sequence[int], *, seed: int, epoch: int, batch: int, indices: Sequence[int] | None = None, buckets: bool = True
+) -> list[int]:
+    """Indices 0..n−1 (or those given), shuffled; then, within windows of 16 batches, sorted by length, and the batches shuffled again. Without `buckets`, only shuffled.
 
     Batches of like length waste little attention; windows keep the order random enough that the loss curve does not follow length.
     """
     shuffle = random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big"))
     order = list(range(len(lengths)) if indices is None else indices)
     shuffle.shuffle(order)
+    if not buckets:
+        return order
     batches: list[list[int]] = []
     for start in range(0, len(order), 16 * batch):
         window = sorted(order[start : start + 16 * batch], key=lambda index: lengths[index])

@@ -24,7 +24,7 @@ from burnish.errors import DataError, TrainingError
 from burnish.models import Chat
 from burnish.run import hash_of, write_whole
 from burnish.training.loss import token_losses
-from burnish.training.pack import flatten
+from burnish.training.pack import Paths, flatten
 from burnish.types import Example, Tell, Tokens, silent
 
 
@@ -39,10 +39,11 @@ class Preference:
     """−log σ(margin) of pairs, nats. A pair's two conversations are computed in one row: they share their prompt."""
 
     unit = "pair"
+    tokens_only = False
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
-        self.packed = True  # False: this model lets packed sequences see each other, so each is computed alone
+        self.paths = Paths()
         self._seen: dict[str, float] = {}
 
     def items(self, chat: Chat, example: Example) -> list[Pair]:
@@ -75,7 +76,7 @@ class Preference:
         known = [pair.reference for pair in pairs if pair.reference is not None]
         if len(known) < len(pairs):
             raise TrainingError("a preference pair came to training without its reference: `with_reference` comes first. This is our fault")
-        gains = answer_gaps(model, pairs, packed=self.packed)
+        gains = answer_gaps(model, pairs, paths=self.paths)
         margins = self.beta * (gains - torch.tensor(known, dtype=gains.dtype, device=gains.device))  # (P,)
         # One pass is exact: d loss ÷ d log π of an answer is one number, which autograd hands to the gradients that the head has kept a row each.
         for name, value in (("reward_margin", margins.detach().sum()), ("preference_accuracy", (margins.detach() > 0).sum())):
@@ -97,13 +98,14 @@ def _last_answer(chat: Chat, example: Example) -> Tokens:
     return tokens
 
 
-def answer_gaps(model: Any, pairs: Sequence[Pair], *, packed: bool = True) -> Tensor:
+def answer_gaps(model: Any, pairs: Sequence[Pair], *, paths: Paths | None = None) -> Tensor:
     """(P,) log π(chosen) − log π(rejected), nats, with a graph."""
     sequences = [tokens for pair in pairs for tokens in (pair.chosen, pair.rejected)]
-    rows = [sequences] if packed else [[tokens] for tokens in sequences]
+    paths = paths or Paths()
+    rows = [sequences] if paths.packed else [[tokens] for tokens in sequences]
     sums = []
     for row in rows:
-        batch = flatten(row).to(model.device)
+        batch = flatten(row, paths).to(model.device)
         losses = token_losses(model, batch)
         sums.append(torch.zeros(len(row), dtype=losses.dtype, device=losses.device).index_add(0, batch.owners, losses))
     negative = torch.cat(sums)  # (2P,) −log π of each answer
@@ -111,7 +113,7 @@ def answer_gaps(model: Any, pairs: Sequence[Pair], *, packed: bool = True) -> Te
 
 
 def with_reference(
-    model: Any, pairs: Sequence[Pair], *, cache: Path, state: str, at_once: int, packed: bool = True, tell: Tell = silent
+    model: Any, pairs: Sequence[Pair], *, cache: Path, state: str, at_once: int, paths: Paths | None = None, tell: Tell = silent
 ) -> list[Pair]:
     """The pairs with what the model says of them before the first step; call it before any trained weights are put back.
 
@@ -123,13 +125,13 @@ def with_reference(
         inputs.update(json.dumps([part for t in (pair.chosen, pair.rejected) for part in (t.input_ids, t.labels)]).encode())
     gaps = _read(cache, inputs.hexdigest())
     if gaps is None:
-        gaps = _measure(model, pairs, at_once, packed, tell)
+        gaps = _measure(model, pairs, at_once, paths, tell)
         content = {"inputs": inputs.hexdigest(), "gaps": gaps, "sha256": hash_of(gaps)}
         write_whole(cache, json.dumps(content).encode())
     return [replace(pair, reference=gap) for pair, gap in zip(pairs, gaps, strict=True)]
 
 
-def _measure(model: Any, pairs: Sequence[Pair], at_once: int, packed: bool, tell: Tell) -> list[float]:
+def _measure(model: Any, pairs: Sequence[Pair], at_once: int, paths: Paths | None, tell: Tell) -> list[float]:
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index].chosen.input_ids) + len(pairs[index].rejected.input_ids))
     gaps = [0.0] * len(pairs)
     was_training = model.training
@@ -137,7 +139,7 @@ def _measure(model: Any, pairs: Sequence[Pair], at_once: int, packed: bool, tell
     with torch.inference_mode():
         for start in range(0, len(order), at_once):
             chosen = order[start : start + at_once]
-            for index, gap in zip(chosen, answer_gaps(model, [pairs[i] for i in chosen], packed=packed).tolist(), strict=True):
+            for index, gap in zip(chosen, answer_gaps(model, [pairs[i] for i in chosen], paths=paths).tolist(), strict=True):
                 gaps[index] = gap
             tell("reference", min(start + at_once, len(order)), len(order), "what the model says of each pair before training")
     model.train(was_training)

@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
-from burnish.models import LEARNING_RATES, Chat, trainable_parameters
+from burnish.models import LEARNING_RATES, Chat, trainable_parameters, weights_hash
 from burnish.recipe import Recipe, TrainingSection
-from burnish.training.loop import planned_steps
-from burnish.training.objective import Objective, Supervised
+from burnish.run import Run, hash_of
+from burnish.training.items import make_items, with_references
+from burnish.training.objective import Objective, make_objective
 from burnish.training.pack import epoch_order
+from burnish.training.progress import planned_steps
+from burnish.training.ready import equip, rows_of, tokens_key
 from burnish.training.stages import BASE, Start, start_model
+from burnish.training.step import make_masters, norm_of, take_gradients, update
 from burnish.types import Dataset, Tell, silent
 
 MOST_STEPS, FEWEST_STEPS = 40, 16
@@ -45,36 +49,50 @@ class RangeTest:
         return {"learning_rate": self.learning_rate, "reason": self.reason, "examples": self.examples, "points": self.points}
 
 
-def range_test(dataset: Dataset, recipe: Recipe, chat: Chat, *, start: Start = BASE, tell: Tell = silent) -> RangeTest:
+def range_test(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, *, start: Start = BASE, tell: Tell = silent) -> RangeTest:
     """`find_rate` on the training rows and the model that the run will begin with."""
-    objective = Supervised()
-    items = [item for example in dataset.train for item in chat.training_tokens(example)]
-    if plan(len(items), recipe.training)[0] == 0:
+    objective = make_objective(recipe.training)
+    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=tokens_key(recipe, dataset, chat), tell=tell)
+    if plan(rows_of(items, recipe), recipe.training)[0] == 0:
         return _too_short(recipe.training)
     model = start_model(recipe, start, tell)
-    return find_rate(model, items, objective=objective, settings=recipe.training, seed=recipe.seed, tell=tell)
+    at_once = equip(model, objective, items, recipe, tell).at_once
+    state = hash_of(weights_hash(recipe.model.name), recipe.model.dtype, recipe.training.method)
+    items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=at_once, tell=tell)
+    return find_rate(model, items.train, objective=objective, settings=recipe.training, seed=recipe.seed, at_once=at_once, tell=tell)
 
 
 def find_rate(
-    model: Any, items: Sequence[Any], *, objective: Objective, settings: TrainingSection, seed: int, tell: Tell = silent
+    model: Any,
+    items: Sequence[Any],
+    *,
+    objective: Objective,
+    settings: TrainingSection,
+    seed: int,
+    at_once: int | None = None,
+    tell: Tell = silent,
 ) -> RangeTest:
-    """Choose the peak learning rate for this model and these items (what one row becomes, see Objective). Changes nothing in the model."""
+    """Choose the peak learning rate for this model and these items (what one row becomes, see Objective). Changes nothing in the model.
+
+    `at_once`: items that may be computed together at most, where memory has a say.
+    """
     usual = LEARNING_RATES[settings.method]
-    steps, at_once = plan(len(items), settings)
+    steps, batch = plan(len(items), settings)
     if steps == 0:
         return _too_short(settings)
-    order = epoch_order([objective.length(item) for item in items], seed=seed, epoch=0, batch=at_once)
-    batches = [[items[index] for index in order[start : start + at_once]] for start in range(0, steps * at_once, at_once)]
+    batch = min(batch, at_once or batch)
+    lengths = getattr(items, "lengths", None)  # a memory-mapped sequence knows them
+    order = epoch_order([objective.length(item) for item in items] if lengths is None else lengths, seed=seed, epoch=0, batch=batch)
+    batches = [[items[index] for index in order[start : start + batch]] for start in range(0, steps * batch, batch)]
     rates = [usual * 10 ** (DECADES * (2 * step / (steps - 1) - 1)) for step in range(steps)]
-    state, was_training = torch.random.get_rng_state(), model.training
-    try:
+    was_training, device = model.training, next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         points = _rise(model, batches, rates, objective=objective, settings=settings, tell=tell)
-    finally:
-        torch.random.set_rng_state(state)
-        model.train(was_training)
+    model.train(was_training)
+    objective.figures()  # what was seen in the test belongs to no step
     rate, reason = choose(points, usual)
-    return RangeTest(rate, reason, points, steps * at_once)
+    return RangeTest(rate, reason, points, steps * batch)
 
 
 def _too_short(settings: TrainingSection) -> RangeTest:
@@ -108,7 +126,7 @@ def _rise(
     """One step of AdamW with float32 masters at each rate, as in the loop; puts the weights back."""
     parameters = list(trainable_parameters(model).values())
     kept = [parameter.detach().clone() for parameter in parameters]
-    masters = [parameter.detach().float().clone() for parameter in parameters]
+    masters = make_masters(parameters)
     optimizer = torch.optim.AdamW(masters, lr=rates[0], weight_decay=settings.weight_decay)
     model.eval()
     before = [objective.summed(model, batch) / objective.count(batch) for batch in batches]
@@ -125,29 +143,12 @@ def _rise(
                 break
             points.append({"rate": rate, "loss": loss, "before": start, "change": mean / weight})
             tell("learning rate, range test", number, len(rates), f"{rate:.1e}: {mean / weight:+.3f} nats")
-            _step(optimizer, parameters, masters, rate=rate, limit=settings.max_gradient_norm)
+            gradients = take_gradients(parameters, masters)
+            scale = min(1.0, settings.max_gradient_norm / (norm_of(gradients) + 1e-6))
+            update(optimizer, parameters, masters, gradients, rate=rate, scale=scale)
     finally:
         with torch.no_grad():
             for parameter, old in zip(parameters, kept, strict=True):
                 parameter.copy_(old)
                 parameter.grad = None
     return points
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    masters: Sequence[torch.Tensor],
-    *,
-    rate: float,
-    limit: float,
-) -> None:
-    optimizer.param_groups[0]["lr"] = rate
-    for parameter, master in zip(parameters, masters, strict=True):
-        master.grad = None if parameter.grad is None else parameter.grad.float()
-        parameter.grad = None
-    torch.nn.utils.clip_grad_norm_(masters, limit)
-    optimizer.step()
-    with torch.no_grad():
-        for parameter, master in zip(parameters, masters, strict=True):
-            parameter.copy_(master)

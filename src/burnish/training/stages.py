@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from burnish.data import take
-from burnish.models import METHODS, Chat, load_adapter, load_chat, load_model, weights_hash
-from burnish.recipe import GateSection, ModelSection, Recipe
-from burnish.run import hash_file, write_folder
+from burnish.models import METHODS, load_adapter, load_base, load_trained, verify_adapter, weights_hash
+from burnish.recipe import GateSection, Recipe
+from burnish.run import write_folder
 from burnish.training.loop import mean_loss
-from burnish.types import Example, Tell, silent
+from burnish.types import Example, Tell, Tokens, silent
 
 MEASURED_ROWS = 200  # of each set, drawn by hash: what is measured after every stage must not cost more than the stage
 TITLES = {"validation_loss": "validation loss", "validation_score": "validation score", "retention_loss": "loss on the rows to be retained"}
@@ -33,33 +33,22 @@ BASE = Start()
 
 def start_model(recipe: Recipe, start: Start = BASE, tell: Tell = silent) -> Any:
     """The model that training begins with, its trained weights marked. `recipe.model` names the base that `start` belongs to."""
-    model = load_model(recipe.model, tell)
     if start.adapter is None:
-        return METHODS[recipe.training.method](model, recipe)
-    tuned = load_adapter(model, start.adapter, weights_hash(recipe.model.name))
-    for name, parameter in tuned.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return tuned
+        return METHODS[recipe.training.method](load_base(recipe, tell), recipe)
+    manifest = verify_adapter(start.adapter, weights_hash(recipe.model.name))
+    base = load_base(recipe, tell, quantizer=manifest.get("quantizer"))
+    return load_adapter(base, start.adapter, manifest["base_sha256"], trainable=True)
+
+
+def load_state(recipe: Recipe, start: Start, tell: Tell = silent) -> Any:
+    """The model at this point of the chain, in evaluation mode, as the stage's method holds it."""
+    return load_base(recipe, tell) if start.adapter is None else load_trained(recipe, start.adapter, tell)
 
 
 def carries_on(before: Recipe, after: Recipe) -> bool:
     """Whether the adapter of one stage can be trained on in the next: the same method, shape and layers."""
     same = (before.training.method, before.training.layers, before.lora) == (after.training.method, after.training.layers, after.lora)
     return same and before.training.method != "full"
-
-
-def merge(model: ModelSection, adapter: Path, folder: Path, tell: Tell = silent) -> None:
-    """Write base and adapter as one model folder; nothing is done where it is there already, for this adapter."""
-    mark = hash_file(adapter / "adapter_model.safetensors")
-    note = folder / "merged_from.txt"
-    if note.exists() and note.read_text(encoding="utf-8") == mark:
-        return
-    tell("merging", 0, 0, f"what the stages before left → {folder}")
-    tuned = load_adapter(load_model(model, tell), adapter, weights_hash(model.name))
-    with write_folder(folder) as aside:
-        tuned.merge_and_unload().save_pretrained(str(aside), safe_serialization=True)
-        load_chat(model).tokenizer.save_pretrained(str(aside))
-        (aside / note.name).write_text(mark, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -70,13 +59,13 @@ def drawn(examples: Sequence[Example], seed: int) -> list[Example]:
     return take(examples, MEASURED_ROWS, seed)
 
 
-def measure_losses(model: Any, sets: Mapping[str, Sequence[Example]], chat: Chat, *, at_once: int, tell: Tell = silent) -> dict[str, float]:
-    """Mean loss of each set of rows, nats per target token."""
+def measure_losses(model: Any, sets: Mapping[str, Sequence[Tokens]], *, at_once: int, tell: Tell = silent) -> dict[str, float]:
+    """Mean loss of each set, nats per target token: of the answers (of a pair, the chosen one), or of all tokens of plain text."""
     model.eval()
     losses = {}
-    for number, (name, examples) in enumerate(sets.items(), 1):
+    for number, (name, sequences) in enumerate(sets.items(), 1):
         tell("measuring between stages", number, len(sets), name)
-        losses[name] = round(mean_loss(model, [tokens for example in examples for tokens in chat.training_tokens(example)], at_once), 6)
+        losses[name] = round(mean_loss(model, sequences, at_once), 6)
     return losses
 
 

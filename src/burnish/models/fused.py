@@ -1,0 +1,280 @@
+"""Norms, LoRA and the gated MLP as one autograd step each, with less kept for the backward pass and fewer passes over memory.
+
+    norm   keeps its input and one number per token; transformers' own keeps several float32 copies
+    LoRA   y = x Wᵀ + (x Aᵀ) (s B)ᵀ written into one buffer; keeps x and x Aᵀ (r numbers per token)
+    MLP    keeps x, gate and up; act(gate) · up is made again on the way back
+
+Modules are exchanged in our own model object only: an RMSNorm or MLP by one that holds the same parameters under the same names, a LoRA layer
+by a subclass of PEFT's, so that what is saved does not change. Each exchange is proved first on random numbers: a module whose output
+differs from the library's is left as it was. Classes and functions of the libraries stay untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+# What an RMSNorm adds to its weight before it multiplies: Gemma's weights are stored minus one.
+_OFFSETS = (0.0, 1.0)
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def fuse(model: Any) -> dict[str, int]:
+    """Exchange what can be exchanged. Returns how many modules of each kind were."""
+    counts = {"norm": 0, "lora": 0, "mlp": 0}
+    for module in list(model.modules()):
+        if type(module) is LoraLinear and _takes_plain_lora(module):
+            module.__class__ = FusedLora  # as FSDP2 does with what it wraps: the same object, parameters and names
+            counts["lora"] += 1
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm") and (norm := _fused_norm(child)) is not None:
+                setattr(parent, name, norm)
+                counts["norm"] += 1
+            elif _is_gated_mlp(child) and (mlp := _fused_mlp(child)) is not None:
+                setattr(parent, name, mlp)
+                counts["mlp"] += 1
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------------------------ norm
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x · rsqrt(mean(x²) + ε) · (offset + w), Zhang and Sennrich 2019 (arXiv 1910.07467). x: (…, D)."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()  # (…, 1)
+        context.save_for_backward(x, weight, scale)
+        context.offset = offset
+        factor = weight.float() + offset if offset else weight.float()
+        return (wide * scale).mul_(factor).to(x.dtype)
+
+    @staticmethod
+    def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = context.saved_tensors
+        factor = weight.float() + context.offset if context.offset else weight.float()
+        above = outputs[0].float()
+        normed = x.float() * scale
+        of_weight = None
+        if context.needs_input_grad[1]:
+            of_weight = (above * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = above * factor
+        # d/dx: scale · (slope − normed · mean(slope · normed))
+        inner = torch.linalg.vecdot(slope, normed).unsqueeze(-1).div_(x.shape[-1])
+        return slope.addcmul_(normed, inner, value=-1.0).mul_(scale).to(x.dtype), of_weight, None, None
+
+
+class FusedNorm(nn.Module):
+    def __init__(self, weight: nn.Parameter, epsilon: float, offset: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon, self.offset = weight, epsilon, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.epsilon, self.offset)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.epsilon}, offset={self.offset}"
+
+
+def _fused_norm(module: nn.Module) -> FusedNorm | None:
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    parameters = list(module.parameters())
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float) or len(parameters) != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = (3 * torch.randn(4, weight.shape[0], generator=generator)).to(weight)
+    for offset in _OFFSETS:
+        fused = FusedNorm(weight, epsilon, offset)
+        if _same(module, fused, probe):
+            return fused.train(module.training)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------ LoRA
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ for a frozen W. x: (…, D_in), W: (D_out, D_in), A: (r, D_in), B: (D_out, r)."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        output, low = _lora_forward(rows, weight, a, b, scale)
+        if bias is not None:
+            output += bias
+        context.save_for_backward(rows, weight, a, b, low)
+        context.scale, context.shape = scale, x.shape
+        return output.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, low = context.saved_tensors
+        above = outputs[0].reshape(-1, outputs[0].shape[-1])
+        of_x, of_a, of_b = _lora_backward(above, rows, weight, a, b, low, context.scale, context.needs_input_grad[0])
+        return None if of_x is None else of_x.view(context.shape), None, None, of_a, of_b, None
+
+
+def _lora_forward(rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """(T, D_out) output and (T, r) what A made of the input."""
+    output = torch.mm(rows, weight.T)
+    if a is None or b is None:
+        return output, None
+    low = torch.mm(rows, a.T)
+    return output.addmm_(low, b.T, alpha=scale), low
+
+
+def _lora_backward(
+    above: Tensor, rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, low: Tensor | None, scale: float, wants_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B from that of the output."""
+    of_x = torch.mm(above, weight) if wants_x else None
+    if a is None or b is None or low is None:
+        return of_x, None, None
+    inner = torch.mm(above, b).mul_(scale)  # (T, r)
+    of_a, of_b = torch.mm(inner.T, rows), torch.mm(above.T, low).mul_(scale)
+    if of_x is not None:
+        of_x.addmm_(inner, a)
+    return of_x, of_a, of_b
+
+
+class FusedLora(LoraLinear):
+    """PEFT's LoRA layer, its usual case in one autograd step. Everything unusual (switched off, merged, several adapters) is PEFT's own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = lora_parts(self)
+        if parts is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        weight, bias, a, b, scale = parts
+        return _LoraProduct.apply(x, weight, bias, a, b, scale)
+
+
+Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
+
+
+def lora_parts(layer: nn.Module) -> Parts | None:
+    """(W, bias, A, B, scale) of a frozen linear layer with one plain adapter, or without one; None where it is anything else."""
+    if type(layer) is nn.Linear:
+        return None if layer.weight.requires_grad else (layer.weight, layer.bias, None, None, 1.0)
+    if not isinstance(layer, FusedLora) or layer.merged or layer.base_layer.weight.requires_grad:
+        return None
+    base = layer.base_layer
+    if layer.disable_adapters:
+        return base.weight, base.bias, None, None, 1.0
+    if len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], nn.Identity):
+        return None
+    return base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+
+
+def _takes_plain_lora(layer: LoraLinear) -> bool:
+    """One adapter of A and B without bias, dropout, DoRA or another variant, in the type of its base."""
+    if type(layer.base_layer) is not nn.Linear or len(layer.lora_A) != 1 or getattr(layer, "lora_variant", None):
+        return False
+    (name,) = layer.lora_A
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    plain = all(type(part) is nn.Linear and part.bias is None for part in (a, b)) and isinstance(layer.lora_dropout[name], nn.Identity)
+    return plain and not layer.fan_in_fan_out and a.weight.dtype == layer.base_layer.weight.dtype
+
+
+# ------------------------------------------------------------------------------------------------------------------ MLP
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(act(gate(x)) · up(x)), each product with its own LoRA. Weights are frozen; `kinds` holds the activation and the three scales."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, kinds: tuple[str, float, float, float], *weights: Tensor | None) -> Tensor:
+        w_gate, a_gate, b_gate, w_up, a_up, b_up, w_down, a_down, b_down = weights
+        assert w_gate is not None
+        assert w_up is not None
+        assert w_down is not None
+        rows = x.reshape(-1, x.shape[-1])
+        name, s_gate, s_up, s_down = kinds
+        gate, low_gate = _lora_forward(rows, w_gate, a_gate, b_gate, s_gate)
+        up, low_up = _lora_forward(rows, w_up, a_up, b_up, s_up)
+        inner = _act(name, gate).mul_(up)
+        output, low_down = _lora_forward(inner, w_down, a_down, b_down, s_down)
+        context.save_for_backward(rows, gate, up, low_gate, low_up, low_down, *weights)
+        context.kinds, context.shape = kinds, x.shape
+        return output.view(x.shape)
+
+    @staticmethod
+    def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate, up, low_gate, low_up, low_down, *weights = context.saved_tensors
+        w_gate, a_gate, b_gate, w_up, a_up, b_up, w_down, a_down, b_down = weights
+        name, s_gate, s_up, s_down = context.kinds
+        above = outputs[0].reshape(-1, outputs[0].shape[-1])
+        active = _act(name, gate)
+        inner = active * up if a_down is not None else active
+        of_inner, of_a_down, of_b_down = _lora_backward(above, inner, w_down, a_down, b_down, low_down, s_down, True)
+        assert of_inner is not None
+        of_up = active.mul_(of_inner)
+        of_gate = _act_backward(name, of_inner.mul_(up), gate)
+        of_x, of_a_gate, of_b_gate = _lora_backward(of_gate, rows, w_gate, a_gate, b_gate, low_gate, s_gate, context.needs_input_grad[0])
+        other, of_a_up, of_b_up = _lora_backward(of_up, rows, w_up, a_up, b_up, low_up, s_up, context.needs_input_grad[0])
+        of_x = None if of_x is None or other is None else of_x.add_(other).view(context.shape)
+        return of_x, None, None, of_a_gate, of_b_gate, None, of_a_up, of_b_up, None, of_a_down, of_b_down
+
+
+def _act(name: str, x: Tensor) -> Tensor:
+    if name == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _act_backward(name: str, above: Tensor, x: Tensor) -> Tensor:
+    if name == "silu":
+        return torch.ops.aten.silu_backward(above, x)
+    return torch.ops.aten.gelu_backward(above, x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP with the same children under the same names; where one of them is not plain any more, they are called one by one."""
+
+    def __init__(self, module: Any, activation: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = module.gate_proj, module.up_proj, module.down_proj, module.act_fn
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [lora_parts(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
+        plain = [part for part in parts if part is not None and part[1] is None]
+        if len(plain) < 3:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        kinds = (self.activation, *(part[4] for part in plain))
+        weights = (tensor for part in plain for tensor in (part[0], part[2], part[3]))
+        return _GatedMLP.apply(x, kinds, *weights)
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    children = {name for name, _ in module.named_children()}
+    return children == {"gate_proj", "up_proj", "down_proj", "act_fn"} and not isinstance(module, FusedMLP)
+
+
+def _fused_mlp(module: Any) -> FusedMLP | None:
+    weight = getattr(module.gate_proj, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, weight.shape[1], generator=generator).to(weight)
+    for activation in ("silu", "gelu_tanh", "gelu"):
+        fused = FusedMLP(module, activation).train(module.training)
+        if _same(module.act_fn, lambda x, name=activation: _act(name, x), probe) and _same(module, fused, probe):
+            return fused
+    return None
+
+
+def _same(a: Any, b: Any, probe: Tensor) -> bool:
+    with torch.no_grad():
+        left, right = a(probe).float(), b(probe).float()
+    return bool((left - right).norm() <= _TOLERANCE.get(probe.dtype, 0.0) * left.norm().clamp_min(1e-30))

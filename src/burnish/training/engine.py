@@ -1,0 +1,86 @@
+"""A model made ready for quick steps: which paths of the engine it takes, proved on it, and how much is computed at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from burnish.models import IGNORED, attend_by_segment, fuse
+from burnish.recipe import Recipe
+from burnish.training.loss import summed_loss
+from burnish.training.pack import Paths, flatten
+from burnish.types import Tell, Tokens, silent
+
+# torch.compile of a GPU model earns its start-up in about so many steps; on a CPU the fused modules leave it too little to save (docs/performance.md).
+_STEPS_WORTH_COMPILING = 200
+
+
+def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps: int, tell: Tell = silent) -> Paths:
+    """Fuse, choose attention, compile, as `engine` says and as far as this model takes it; what it does not take is told, not guessed.
+
+    `sequences`: some of the training's, for the proofs.
+    """
+    engine = recipe.engine
+    if engine.fused_layers:
+        fuse(model)
+    pair = _two_short(sequences)
+    by_segment = engine.document_attention and attend_by_segment(model) and _segments_hold(model, pair)
+    if engine.document_attention and not by_segment:
+        tell("attention", 0, 0, "this model's attention does not follow segments: packed sequences get a dense mask, which is slower")
+    packed = by_segment or keeps_sequences_apart(model, pair)
+    if not packed:
+        tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
+    on_gpu = next(model.parameters()).is_cuda
+    if engine.compile is True or (engine.compile == "auto" and on_gpu and steps >= _STEPS_WORTH_COMPILING):
+        compile_layers(model)
+    return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed)
+
+
+def compile_layers(model: Any) -> int:
+    """torch.compile for each decoder layer alone (the whole body takes minutes); returns how many."""
+    layers = [module for module in model.modules() if type(module).__name__.removeprefix("Skipping").endswith("DecoderLayer")]
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
+def keeps_sequences_apart(model: Any, sequences: Sequence[Tokens]) -> bool:
+    """Whether a sequence's loss is the same whatever is packed before it: proved on this model, not assumed of its family."""
+    first, second = _two_short(sequences)
+    other = Tokens([first.input_ids[0]] * len(first.input_ids), first.labels)  # the same length, other words
+    losses = []
+    for before in (first, other):
+        unscored = Tokens(before.input_ids, [IGNORED] * len(before.input_ids))
+        losses.append(_loss(model, [unscored, second], Paths()))
+    return math.isclose(*losses, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def _segments_hold(model: Any, pair: tuple[Tokens, Tokens]) -> bool:
+    """Whether two sequences by segments, one of them twice so that all of it is shared, have the losses that each has alone."""
+    first, second = pair
+    try:
+        together = _loss(model, [first, second, first], Paths(by_segment=True, share=True))
+    except (NotImplementedError, TypeError, ValueError):
+        return False
+    alone = [_loss(model, [tokens], Paths()) for tokens in pair]
+    # bfloat16 keeps three digits, and other shapes of a product round otherwise.
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    return math.isclose(together, 2 * alone[0] + alone[1], rel_tol=tolerance, abs_tol=1e-5)
+
+
+def _loss(model: Any, sequences: Sequence[Tokens], paths: Paths) -> float:
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        loss = float(summed_loss(model, flatten(sequences, paths).to(model.device)))
+    model.train(was_training)
+    return loss
+
+
+def _two_short(sequences: Sequence[Tokens]) -> tuple[Tokens, Tokens]:
+    """The two shortest of the first hundred: the proofs need any, and short ones cost little."""
+    ordered = sorted((sequences[index] for index in range(min(100, len(sequences)))), key=lambda tokens: len(tokens.input_ids))
+    return ordered[0], ordered[min(1, len(ordered) - 1)]

@@ -1,0 +1,146 @@
+"""How much is computed at once: counted on one forward pass of the longest row, not guessed from the model's size.
+
+What the backward pass keeps is counted tensor by tensor as autograd saves it, so the number is the same each time; it is compared with the memory
+that is free. Where a micro-batch does not fit, layers are computed again on the way back (checkpointing), then fewer examples are taken at once.
+The examples of a step stay the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.training.loss import target_rows
+from burnish.training.pack import Paths, flatten
+from burnish.types import Tell, Tokens, silent
+
+# Of the free memory, so much is planned with; the rest is for what is not counted (libraries, other processes).
+_SHARE_OF_FREE = 0.7
+# While a layer is on its way back, its gradients and what it makes again stand beside what was kept.
+_TRANSIENT_LAYERS = 3.0
+_HEAD_BYTES = 64 << 20  # the head's blocks (training/loss.py)
+_TRAINED_BYTES = 20  # of one trained weight: master, its gradient and AdamW's two in float32, its gradient in the compute type
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    at_once: int  # examples in a micro-batch
+    checkpointing: bool
+    kept_bytes_per_token: float  # what the backward pass keeps
+    needed_bytes: int  # beyond what is already held, by this plan
+    free_bytes: int
+
+
+def plan_memory(
+    model: Any, sequences: Sequence[Tokens], paths: Paths, *, most: int, per_example: int = 1, checkpointing: bool | str = "auto", tell: Tell = silent,
+    free_bytes: int | None = None,
+) -> Plan:  # fmt: skip
+    """Decide checkpointing and the examples computed at once, at most `most`.
+
+    `sequences`: those of the training's longest examples, the longest first; an example is `per_example` of them.
+    """
+    free = free_bytes_of(model.device) if free_bytes is None else free_bytes
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * _TRAINED_BYTES
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    lengths = [len(tokens.input_ids) for tokens in sequences]
+    plain = kept = kept_bytes_per_token(model, sequences[0], paths)
+    on = checkpointing is True and switch_checkpointing(model)
+    if on:
+        kept = kept_bytes_per_token(model, sequences[0], paths)
+
+    def needed(at_once: int) -> int:
+        return int(trained + _HEAD_BYTES + sum(lengths[: at_once * per_example]) * (kept + _TRANSIENT_LAYERS * plain / layers))
+
+    at_once, room = most, int(_SHARE_OF_FREE * free)
+    if needed(at_once) > room and checkpointing == "auto" and switch_checkpointing(model):
+        told = f"{needed(at_once) / 1e9:.1f} GB would be needed, {free / 1e9:.1f} GB are free: layers are computed again on the way back"
+        tell("memory", 0, 0, told)
+        on, kept = True, kept_bytes_per_token(model, sequences[0], paths)
+    while at_once > 1 and needed(at_once) > room:
+        at_once = (at_once + 1) // 2
+    if at_once < most:
+        tell("memory", 0, 0, f"{at_once} examples at once instead of {most}, as memory asks for; a step stays what it is")
+    return Plan(at_once, on, round(kept, 1), needed(at_once), free)
+
+
+def kept_bytes_per_token(model: Any, tokens: Tokens, paths: Paths) -> float:
+    """Bytes that autograd keeps for the backward pass of this row, each storage once, weights not counted, divided by its tokens."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    was_training = model.training
+    model.train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rows = target_rows(model, flatten([tokens], paths).to(model.device))
+    del rows
+    model.train(was_training)
+    return sum(kept.values()) / len(tokens.input_ids)
+
+
+def switch_checkpointing(model: Any) -> bool:
+    """Compute each layer again on the way back. False where the model cannot."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(inner, "supports_gradient_checkpointing", False):
+        return False
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return True
+
+
+def free_bytes_of(device: torch.device | str) -> int:
+    """Memory that this process may still take: of the GPU; else of the machine, its control group and its own limit, whichever is least."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [read() for read in (_machine_free, _group_free, _limit_free)]
+    return min((value for value in found if value is not None), default=4 << 30)
+
+
+def _machine_free() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return _from_sysconf()
+
+
+def _from_sysconf() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _group_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Of control group version 2, where a container's limit stands."""
+    read: Callable[[str], str] = lambda name: (root / name).read_text().strip()  # noqa: E731
+    try:
+        most = read("memory.max")
+        return None if most == "max" else max(0, int(most) - int(read("memory.current")))
+    except (OSError, ValueError):
+        return None
+
+
+def _limit_free() -> int | None:
+    """What `ulimit -v` leaves."""
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+    return max(0, most - used)
