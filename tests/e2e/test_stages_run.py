@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_pipeline import cli, tiny_recipe
 
 from burnish import pipeline
 from burnish.errors import GateError
@@ -18,7 +19,6 @@ from burnish.recipe import Recipe, build_recipe
 from burnish.run import Run
 from burnish.training import measure_losses
 from conftest import colour_rows
-from test_pipeline import cli, tiny_recipe
 
 GENERAL = {"name": "general", "training": {"epochs": 2, "learning_rate": 0.02}}
 DOMAIN = {"name": "domain", "training": {"epochs": 2}}
@@ -79,7 +79,9 @@ def test_the_last_adapter_is_the_runs_and_is_judged_on_its_own_base(finished: Ru
     task = Run(finished.stage_folder("task"))
     summary = finished.read_json(finished.training_file)
     assert summary["base_folder"] == "stages/task/base"
-    assert (finished.adapter_folder / "adapter_model.safetensors").read_bytes() == (task.adapter_folder / "adapter_model.safetensors").read_bytes()
+    assert (finished.adapter_folder / "adapter_model.safetensors").read_bytes() == (
+        task.adapter_folder / "adapter_model.safetensors"
+    ).read_bytes()
     assert {row["name"] for row in finished.read_json(finished.comparison_file)["candidates"]} == {"base", "tuned"}
     page = finished.report_file.read_text()
     assert "What each stage brought" in page

@@ -25,7 +25,9 @@ def test_a_stage_changes_what_it_names_and_keeps_the_rest() -> None:
             training={"epochs": 5, "micro_batch_size": 2},
         )
     )
-    assert (general.data.train, general.data.prompt_column, general.data.max_length) == ("/general.jsonl", None, 64), "columns are the file's"
+    assert (general.data.train, general.data.prompt_column, general.data.max_length) == ("/general.jsonl", None, 64), (
+        "columns are the file's"
+    )
     assert (general.training.epochs, general.training.micro_batch_size, general.lora.rank) == (1, 2, 4)
     assert (task.data.train, task.data.prompt_column, task.training.epochs, task.training.learning_rate) == ("/task.csv", "q", 5, 1e-4)
     assert (task.name, task.stages, task.lora.rank) == ("task", None, 16)

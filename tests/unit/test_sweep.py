@@ -184,7 +184,8 @@ def test_the_time_is_a_budget_over_all_sessions(tmp_path: Path) -> None:
     """10 s are spent by trials of 4 s; with 12 s the third fits no more, and a further session starts none."""
     path = tmp_path / "t.jsonl"
     rows = [
-        {"trial": n, "state": "complete", "values": {"lora.rank": 4}, "value": 1.0, "reason": "", "losses": [], "seconds": 5.0} for n in (0, 1)
+        {"trial": n, "state": "complete", "values": {"lora.rank": 4}, "value": 1.0, "reason": "", "losses": [], "seconds": 5.0}
+        for n in (0, 1)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls: list[int] = []

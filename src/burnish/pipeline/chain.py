@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,18 +13,21 @@ from typing import Any
 from burnish import data as data_room
 from burnish import evaluation, training
 from burnish.errors import GateError
-from burnish.models import Chat, load_adapter, load_chat, load_model, weights_hash
-from burnish.pipeline.steps import checked_rows, dataset_of, prepare, task_of, train_once
-from burnish.recipe import DataSection, ModelSection, StageSection, stage_recipes
+from burnish.models import ADAPTER_MANIFEST, Chat, base_state, load_chat, merge_adapter, weights_hash
+from burnish.pipeline.steps import checked_rows, dataset_of, on_base, prepare, task_of, train_once
+from burnish.recipe import DataSection, StageSection, stage_recipes
 from burnish.run import Run, hash_of
 from burnish.tasks import find_metric
 from burnish.training import BASE, Start
-from burnish.types import Dataset, Example, Tell, silent
+from burnish.types import Dataset, Example, Tell, Tokens, silent
 
+PROBE_ROWS = 8  # on which a merged model must answer as base and adapter do
 TASK, RETAINED = "the run's own rows", "rows to be retained"
 
 
-def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, tell: Tell = silent) -> dict[str, Any]:
+def train(
+    job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, allow_change: Sequence[str] = (), tell: Tell = silent
+) -> dict[str, Any]:
     """Fine-tune, in one training or in the recipe's stages; what is best becomes the run's adapter. Returns the summary.
 
     Raises GateError where a stage does not pass its gate; what the stages before it left stays in their folders.
@@ -30,7 +35,7 @@ def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None,
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     chat = chat or load_chat(recipe.model, tell)
     if not recipe.stages:
-        return train_once(job, dataset=dataset, chat=chat, tell=tell)
+        return train_once(job, dataset=dataset, chat=chat, allow_change=allow_change, tell=tell)
     inputs = hash_of(
         recipe.to_dict(), [dataset.manifest["splits"][split]["file_sha256"] for split in data_room.SPLITS], weights_hash(recipe.model.name)
     )
@@ -43,7 +48,7 @@ def train(job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None,
             place = locks.enter_context(Run.working(job.stage_folder(stage.name), own))
             rows = prepare(place, chat=chat, apart=dataset, tell=_titled(stage.name, tell))
             stages.append(_hold_back(_Stage(stage, place, rows), chat, tell))
-        return _train_stages(job, dataset, stages, chat, tell)
+        return _train_stages(job, dataset, stages, chat, allow_change=allow_change, tell=tell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,9 @@ class _Stage:
         return self.section.name
 
 
-def _train_stages(job: Run, dataset: Dataset, stages: Sequence[_Stage], chat: Chat, tell: Tell) -> dict[str, Any]:
+def _train_stages(
+    job: Run, dataset: Dataset, stages: Sequence[_Stage], chat: Chat, *, allow_change: Sequence[str], tell: Tell
+) -> dict[str, Any]:
     sets = {stage.name: training.drawn(stage.dataset.validation, job.recipe().seed) for stage in stages}
     sets[TASK] = training.drawn(dataset.validation, job.recipe().seed)
     told: dict[str, Any] = {"rows": {name: len(rows) for name, rows in sets.items()}, "states": [], "stages": [], "stopped_at": None}
@@ -67,7 +74,9 @@ def _train_stages(job: Run, dataset: Dataset, stages: Sequence[_Stage], chat: Ch
     for index, stage in enumerate(stages):
         tell(f"stage {index + 1} of {len(stages)}", 0, 0, stage.name)
         before = _state(stage, sets, start, chat, known=told["measured"], tell=tell)
-        summary = train_once(stage.job, dataset=stage.dataset, chat=chat, start=start, tell=_titled(stage.name, tell))
+        summary = train_once(
+            stage.job, dataset=stage.dataset, chat=chat, start=start, allow_change=allow_change, tell=_titled(stage.name, tell)
+        )
         summaries.append(summary)
         left = replace(start, adapter=stage.job.adapter_folder, sha256=summary["adapter_sha256"])
         after = _state(stage, sets, left, chat, known=told["measured"], tell=tell)
@@ -83,22 +92,29 @@ def _train_stages(job: Run, dataset: Dataset, stages: Sequence[_Stage], chat: Ch
             )
         gains = f"its own rows {row['before']:.4f} → {row['after']:.4f}, {TASK} {row['task_before']:.4f} → {row['task_after']:.4f}"
         tell(f"stage {stage.name}", 0, 0, f"validation loss of {gains}")
-        start = left if index + 1 == len(stages) else _next_start(stage, stages[index + 1], left, tell)
+        start = left if index + 1 == len(stages) else _next_start(stage, stages[index + 1], left, chat, tell)
     return _finish(job, stages[-1], summaries, start)
 
 
-def _next_start(stage: _Stage, following: _Stage, left: Start, tell: Tell) -> Start:
-    """The adapter is trained on where the next stage has the same shape; else it is merged into the base that the next one starts from."""
-    if training.carries_on(stage.job.recipe(), following.job.recipe()):
+def _next_start(stage: _Stage, following: _Stage, left: Start, chat: Chat, tell: Tell) -> Start:
+    """The adapter is trained on where the next stage has the same shape; whole weights are the next base; else the adapter is merged into one."""
+    here, adapter = stage.job.recipe(), stage.job.adapter_folder
+    if training.carries_on(here, following.job.recipe()):
         return left
     folder = following.job.path / "base"
-    training.merge(_model_of(stage, left), Path(str(left.adapter)), folder, tell)
+    if here.training.method == "full":
+        folder = adapter
+    elif not _is_merged(folder, left.sha256):
+        shutil.rmtree(folder, ignore_errors=True)
+        probe = [tokens.input_ids for example in stage.dataset.validation[:PROBE_ROWS] for tokens in chat.training_tokens(example)]
+        merge_adapter(on_base(here, left), adapter, chat, folder, probe, tell)
     return Start(base=str(folder), sha256=weights_hash(str(folder)))
 
 
-def _model_of(stage: _Stage, start: Start) -> ModelSection:
-    model = stage.job.recipe().model
-    return model if start.base is None else model.model_copy(update={"name": start.base})
+def _is_merged(folder: Path, adapter_sha256: str) -> bool:
+    """Whether the folder holds this adapter, merged; a folder appears whole or not at all."""
+    manifest = folder / ADAPTER_MANIFEST
+    return manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")).get("adapter_sha256") == adapter_sha256
 
 
 def _state(
@@ -106,27 +122,27 @@ def _state(
 ) -> dict[str, Any]:
     """At one point of the chain: the loss of every stage's validation rows, and what this stage's gate looks at. Nothing is measured twice:
     `known` maps a hash of weights and rows to the number, and grows."""
-    recipe, model_section, gate = stage.job.recipe(), _model_of(stage, start), stage.section.gate
-    weights = [weights_hash(model_section.name), start.sha256 if start.adapter is not None else ""]
+    recipe, gate = on_base(stage.job.recipe(), start), stage.section.gate
     measured = {**sets, **({RETAINED: list(stage.retained)} if stage.retained else {})}
+    weights = [base_state(recipe), start.sha256 if start.adapter is not None else ""]
     keys = {name: hash_of(weights, [example.id for example in rows]) for name, rows in measured.items()}
     own = replace(stage.dataset, validation=tuple(sets[stage.name]))
-    score_key = (
-        hash_of("score", keys[stage.name], recipe.to_dict()["evaluation"])
-        if gate is not None and gate.measure == "validation_score"
-        else None
-    )
-    missing = {name: rows for name, rows in measured.items() if keys[name] not in known}
+    score_key = None
+    if gate is not None and gate.measure == "validation_score":
+        score_key = hash_of("score", keys[stage.name], recipe.to_dict()["evaluation"])
+    missing = {name: _sequences(chat, rows) for name, rows in measured.items() if keys[name] not in known}
     if missing or (score_key is not None and score_key not in known):
-        model = load_model(model_section, tell)
-        if start.adapter is not None:
-            model = load_adapter(model, start.adapter, weights[0])
-        losses = training.measure_losses(model, missing, chat, at_once=int(recipe.training.micro_batch_size), tell=tell)
+        model = training.load_state(recipe, start, tell)
+        losses = training.measure_losses(model, missing, at_once=int(recipe.training.micro_batch_size), tell=tell)
         known.update({keys[name]: loss for name, loss in losses.items()})
         if score_key is not None and score_key not in known:
             metric = find_metric(task_of(recipe, own).metric)
             known[score_key] = evaluation.validation_score(model, own, recipe, chat, metric, tell) or 0.0
     return {"losses": {name: known[key] for name, key in keys.items()}, "score": known.get(score_key or "")}
+
+
+def _sequences(chat: Chat, rows: Sequence[Example]) -> list[Tokens]:
+    return [tokens for example in rows for tokens in chat.training_tokens(example)]
 
 
 def _row(stage: _Stage, summary: dict[str, Any], before: dict[str, Any], after: dict[str, Any], *, carried: bool) -> dict[str, Any]:

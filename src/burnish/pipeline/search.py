@@ -7,7 +7,7 @@ from typing import Any
 
 from burnish import evaluation, report, training
 from burnish.errors import RecipeError
-from burnish.models import Chat, load_chat, weights_hash
+from burnish.models import Chat, base_state, load_chat
 from burnish.pipeline.steps import prepare_once, rows_of, task_of, with_rate
 from burnish.recipe import Recipe, dump_recipe, load_recipe
 from burnish.run import Run, hash_of
@@ -31,21 +31,21 @@ def sweep(job: Run, *, over: Sequence[str] = (), aim: Aim | None = None, tell: T
     metric = None
     if aim.objective != "validation_loss":
         metric = find_metric(task_of(job.recipe(), dataset).metric if aim.objective == "validation_score" else aim.objective)
-    recipe = job.recipe() if "training.learning_rate" in space else with_rate(job, dataset, chat, tell=tell)
     content = {
-        "key": hash_of(recipe.to_dict(), [part["file_sha256"] for split, part in dataset.manifest["splits"].items() if split != "test"], weights_hash(recipe.model.name)),
+        "key": hash_of(asked.to_dict(), [part["file_sha256"] for split, part in dataset.manifest["splits"].items() if split != "test"], base_state(asked)),
         "objective": aim.objective,
         "metric_title": "validation loss, nats per token" if metric is None else f"{metric.title}, validation rows",
         "space": {key: str(part) for key, part in space.items()},
         "rows": {split: len(getattr(dataset, split)) for split in ("train", "validation")},
     }  # fmt: skip
     _refuse_another(job, content)
-    job.write_json(job.sweep_file, content)
+    if not job.trials_file.exists():
+        job.write_json(job.sweep_file, content)
+    recipe = job.recipe() if "training.learning_rate" in space else with_rate(job, dataset, chat, tell=tell)
     score = _score(dataset, chat, metric, tell) if metric is not None else None
-    rows = training.sweep(
-        job.trials_file, recipe, space, aim, run_trial=training.trial_runner(dataset, chat, score=score, tell=tell), tell=tell
-    )
-    return _finish(job, content, rows, aim)
+    run_trial = training.trial_runner(dataset, chat, folder=job.tokens_folder, reference=job.reference_file, score=score, tell=tell)
+    rows = training.sweep(job.trials_file, recipe, space, aim, run_trial=run_trial, tell=tell)
+    return _finish(job, recipe, content, rows, aim)
 
 
 def _score(dataset: Dataset, chat: Chat, metric: Any, tell: Tell) -> Callable[[Any, Recipe], float | None]:
@@ -66,10 +66,12 @@ def _refuse_another(job: Run, content: dict[str, Any]) -> None:
     )
 
 
-def _finish(job: Run, content: dict[str, Any], rows: list[dict[str, Any]], aim: Aim) -> dict[str, Any]:
+def _finish(job: Run, recipe: Recipe, content: dict[str, Any], rows: list[dict[str, Any]], aim: Aim) -> dict[str, Any]:
     best = dict(training.best_of(rows, aim) or {})
     asked = job.recipe_as_asked()
-    winner = training.changed(asked, best["values"]).model_copy(update={"name": f"{asked.name[:94]}-best"})
+    # A rate that was found for all trials belongs to what was chosen.
+    values = {"training.learning_rate": recipe.training.learning_rate, **best["values"]}
+    winner = training.changed(asked, values).model_copy(update={"name": f"{asked.name[:94]}-best"})
     states = [row["state"] for row in rows]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     seconds = round(sum(row.get("seconds", 0.0) for row in rows), 1)

@@ -32,7 +32,18 @@ from burnish.training.proof import prove
 from burnish.training.rate import RangeTest, range_test
 from burnish.training.ready import equip, order_of, rows_of, tokens_key
 from burnish.training.recovery import peak_memory_bytes
-from burnish.training.stages import BASE, MEASURED_ROWS, Start, adopt, carries_on, drawn, judge_gate, load_state, measure_losses, start_model
+from burnish.training.stages import (
+    BASE,
+    MEASURED_ROWS,
+    Start,
+    adopt,
+    carries_on,
+    drawn,
+    judge_gate,
+    load_state,
+    measure_losses,
+    start_model,
+)
 from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, read_trials, sweep
 from burnish.training.trial import trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
@@ -66,7 +77,9 @@ def train(
     plan = equip(model, objective, items, recipe, tell)
     state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
-    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size()) | ({"start": begin.sha256} if begin.sha256 else {})
+    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size()) | (
+        {"start": begin.sha256} if begin.sha256 else {}
+    )
     writes = distributed.rank() == 0
     event = _quietly(run.event) if writes else _ignore
     store = Checkpoints(run.checkpoints_folder, fingerprint, event=event, allowed=allow_change, tell=tell) if writes else None
