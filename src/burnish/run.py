@@ -134,6 +134,11 @@ class Run:
         return self.path / "training" / "tokens"
 
     @property
+    def frozen_folder(self) -> Path:
+        """What frozen lower layers make of the rows, while training."""
+        return self.path / "training" / "frozen"
+
+    @property
     def checkpoints_folder(self) -> Path:
         return self.path / "checkpoints"
 
@@ -474,6 +479,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "verdict": comparison.get("verdict"),
                 "tuned": scores.get("tuned"),
                 "best_baseline": scores.get(comparison.get("best_baseline")),
+                "unit": comparison.get("unit"),
             }
         )
     return sorted(rows, key=lambda row: str(row["created"]), reverse=True)

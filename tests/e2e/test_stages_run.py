@@ -17,7 +17,7 @@ from burnish.errors import GateError
 from burnish.models import load_adapter, load_chat, load_model, weights_hash
 from burnish.recipe import Recipe, build_recipe
 from burnish.run import Run
-from burnish.training import measure_losses
+from burnish.training import measure_losses, tokenize_all
 from conftest import colour_rows
 
 GENERAL = {"name": "general", "training": {"epochs": 2, "learning_rate": 0.02}}
@@ -59,13 +59,13 @@ def test_the_chain_hangs_together(finished: Run, tiny_folder: Path) -> None:
     recipe = finished.recipe()
     chat = load_chat(recipe.model)
     task = Run(finished.stage_folder("task"))
-    rows = {"task": pipeline.dataset_of(task).validation}
+    rows = {"task": tokenize_all(chat, pipeline.dataset_of(task).validation)}
     places = [(recipe.model, Run(finished.stage_folder(name)).adapter_folder) for name in ("general", "domain")]
     merged = recipe.model.model_copy(update={"name": str(task.path / "base")})
     for state, (section, adapter) in zip(told["states"][1:], [*places, (merged, task.adapter_folder)], strict=True):
         model = load_adapter(load_model(section), adapter, weights_hash(section.name))
-        assert measure_losses(model, rows, chat, at_once=8)["task"] == pytest.approx(state["losses"]["task"], rel=1e-5)
-    base = measure_losses(load_model(recipe.model), rows, chat, at_once=8)["task"]
+        assert measure_losses(model, rows, at_once=8)["task"] == pytest.approx(state["losses"]["task"], rel=1e-5)
+    base = measure_losses(load_model(recipe.model), rows, at_once=8)["task"]
     assert base == pytest.approx(told["states"][0]["losses"]["task"], rel=1e-5)
     # What a stage begins with is what the one before left: merged, it has the same loss.
     assert told["stages"][2]["before"] == pytest.approx(told["states"][2]["losses"]["task"], rel=1e-3)

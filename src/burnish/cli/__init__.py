@@ -5,6 +5,7 @@ The doors are imported inside the commands: `burnish --help` must not wait for t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -89,9 +90,11 @@ def check(
     from burnish import pipeline
     from burnish.cli import terminal
     from burnish.data import statistics
+    from burnish.models import tokens_of
 
     with terminal.progress(as_json) as tell:
-        loaded, checked, chat = pipeline.check(_recipe(recipe, overrides), tell=tell)
+        asked = _recipe(recipe, overrides)
+        loaded, checked, chat = pipeline.check(asked, tell=tell)
     problems = loaded.problems + [problem for part in checked.values() for problem in part.problems]
     warnings = [problem for part in checked.values() for problem in part.warnings]
     rows = {source["split"]: source["rows"] for source in loaded.sources}
@@ -104,7 +107,7 @@ def check(
         _show_check(numbers, loaded.sources, [str(w) for w in warnings])
         for example in [example for part in checked.values() for example in part.examples][:show]:
             terminal.say(f"\n{example.source}", "bold")
-            for tokens in chat.training_tokens(example):
+            for tokens in tokens_of(chat, example, asked):
                 terminal.out.print(terminal.coloured_mask(chat.segments(tokens)))
     if problems or (strict and warnings):
         found = problems + (warnings if strict else [])
@@ -167,6 +170,34 @@ def report(recipe: RecipeArgument, run: RunOption = None) -> None:
     job = _open(recipe, run)
     with job.lock(), job.step("report", ""):
         say(write(job))
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its name under ./runs.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the merged model.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """The run's adapter and its base as one model that plain transformers loads, proved to answer as the two do."""
+    from burnish import pipeline
+    from burnish.cli.terminal import progress, say
+
+    job = _open(run, None)
+    with job.lock(), progress(as_json) as tell:
+        merged = pipeline.merge(job, output, tell=tell)
+    if as_json:
+        _print_json(dataclasses.asdict(merged))
+        return
+    say(
+        f"{merged.folder}: {merged.dtype}. Its logits are {merged.error:.2g} away from base + adapter's, which are {merged.effect:.2g} away from the base's "
+        f"(root mean square over {merged.probe_tokens} places)"
+    )
+    if merged.quantized is not None:
+        say(
+            f"Trained on a base held as {merged.quantized}; merged into the original weights it is another model: its logits are {merged.difference_to_trained:.2g} "
+            f"away from the trained one's, and {100 * (merged.agreement_with_trained or 0):.1f} % of the likeliest tokens are the same. Measure it before you ship it",
+            "yellow",
+        )
 
 
 @app.command()
@@ -245,7 +276,7 @@ def doctor(as_json: JsonOption = False) -> None:
 @runs_app.command("list")
 def runs_list(folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"), as_json: JsonOption = False) -> None:
     """The runs in a folder: state, verdict, score."""
-    from burnish.cli.terminal import percent, table
+    from burnish.cli.terminal import score, table
     from burnish.run import list_runs
 
     rows = list_runs(folder)
@@ -253,7 +284,15 @@ def runs_list(folder: Annotated[Path, typer.Argument(help="Where the runs are.")
         _print_json(rows)
     else:
         shown = [
-            (r["name"], r["created"][:16], r["state"], r["verdict"] or "–", percent(r["tuned"]), percent(r["best_baseline"])) for r in rows
+            (
+                r["name"],
+                r["created"][:16],
+                r["state"],
+                r["verdict"] or "–",
+                score(r["tuned"], r["unit"]),
+                score(r["best_baseline"], r["unit"]),
+            )
+            for r in rows
         ]
         table(f"{len(rows)} runs in {folder}", ["run", "created", "state", "verdict", "tuned", "best baseline"], shown)
 
@@ -457,14 +496,15 @@ def _finish(job: Run, as_json: bool) -> None:
 
 
 def _show_verdict(job: Run) -> None:
-    from burnish.cli.terminal import out, percent, say, seconds, table
+    from burnish.cli.terminal import difference, out, say, score, seconds, table
 
     content = job.read_json(job.comparison_file)
+    unit = content.get("unit")
     rows = [
         (
             row["title"],
-            percent(row["score"]),
-            f"{percent(row['low'])} – {percent(row['high'])}",
+            score(row["score"], unit),
+            f"{score(row['low'], unit)} – {score(row['high'], unit)}",
             row["unscored"],
             seconds(row["seconds_p50"]),
             f"{row['prompt_tokens_mean']:.0f} → {row['completion_tokens_mean']:.0f}",
@@ -474,9 +514,10 @@ def _show_verdict(job: Run) -> None:
     ]
     out.print()
     columns = ["candidate", "score", f"{100 * content['confidence']:.0f} % interval", "unread", "wait p50", "tokens in → out", "training"]
-    table(f"{content['metric_title']}, {content['rows']} test rows (waits in batches of {content['batch_size']})", columns, rows)
+    batches = f" (waits in batches of {content['batch_size']})" if content["batch_size"] else ""
+    table(f"{content['metric_title']}, {content['rows']} test rows{batches}", columns, rows)
     for item in content["comparisons"]:
-        gain = f"{100 * item['difference']:+.1f} points [{100 * item['low']:+.1f}, {100 * item['high']:+.1f}], p = {item['p_adjusted']:.2g} (Holm)"
+        gain = f"{difference(item, unit)}, p = {item['p_adjusted']:.2g} (Holm)"
         say(f"{item['candidate']} against {item['baseline']}: {gain}  {item['verdict']}")
     style = {"BETTER": "bold green", "WORSE": "bold red"}.get(content["verdict"], "bold yellow")
     say(f"\n{content['verdict']}  {content['sentence']}", style)
@@ -503,21 +544,29 @@ def _show_check(numbers: dict[str, Any], sources: list[dict[str, Any]], warnings
 
 
 def _show_diff(found: dict[str, Any]) -> None:
-    from burnish.cli.terminal import percent, say, table
+    from burnish.cli.terminal import difference, say, score, table
 
+    unit = "bits per byte" if "bits_per_byte" in found["metric"] else None
     say(f"A {found['a']}: {found['verdicts'][0]}    B {found['b']}: {found['verdicts'][1]}", "bold")
     changed = [(key, *map(str, pair)) for part in ("recipe", "data", "versions") for key, pair in found[part].items()]
     table("what differed" if changed else "nothing differed in recipe, data or versions", ["key", "A", "B"], changed)
     rows = []
     for row in found["scores"]:
         part = row.get("difference")
-        gain = f"{100 * part['difference']:+.1f} [{100 * part['low']:+.1f}, {100 * part['high']:+.1f}]" if part else "–"
+        gain = difference(part, unit) if part else "–"
         rows.append(
-            (row["candidate"], percent(row["a"]), percent(row["b"]), gain, f"{part['p_value']:.2g}" if part else "–", row.get("note", ""))
+            (
+                row["candidate"],
+                score(row["a"], unit),
+                score(row["b"], unit),
+                gain,
+                f"{part['p_value']:.2g}" if part else "–",
+                row.get("note", ""),
+            )
         )
     table(
         f"what it did ({' / '.join(dict.fromkeys(found['metric']))})",
-        ["candidate", "A", "B", "B − A, points", "p (unadjusted)", "note"],
+        ["candidate", "A", "B", "B − A", "p (unadjusted)", "note"],
         rows,
     )
 

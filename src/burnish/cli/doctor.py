@@ -30,6 +30,7 @@ _EXTRAS = {
     "hub": ("huggingface_hub", "models and data by Hugging Face name"),
     "parquet": ("pyarrow", "Parquet files"),
     "sweep": ("optuna", "`burnish sweep`"),
+    "quantized": ("bitsandbytes", "a 4-bit base (training.method: qlora)"),
 }
 
 

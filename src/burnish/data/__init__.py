@@ -7,7 +7,7 @@ invariant   no row is lost or changed without being counted; no prompt stands in
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from typing import Any
 from burnish.data import home_assistant
 from burnish.data.check import Checked, FindControl, Tokenize, check_examples, statistics, token_lengths
 from burnish.data.formats import FORMATS, make_example, recognise, to_examples
-from burnish.data.read import parse_json, read_rows
+from burnish.data.read import parse_json, read_documents, read_rows
+from burnish.data.rows import Rows
 from burnish.data.split import find_overlap, split_by_group, take
 from burnish.errors import DataError, Problem
 from burnish.recipe import DataSection, Recipe
@@ -53,7 +54,7 @@ def load(recipe: Recipe) -> Loaded:
         loaded = Loaded({}, [])
         for split in SPLITS:
             if getattr(recipe.data, split) is not None:
-                _read_split(loaded, split, recipe.data, getattr(recipe.data, split))
+                _read_split(loaded, split, recipe.data, getattr(recipe.data, split), plain=recipe.training.objective == "text")
     if recipe.training.replay_data is not None:
         _load_replay(loaded, recipe)
     return loaded
@@ -136,17 +137,18 @@ def row_to_example(row: Mapping[str, Any]) -> Example:
     return Example(row["id"], tuple(row["messages"]), row["group"], row["source"], row.get("metadata", {}), row.get("rejected"))
 
 
-def read_split(path: Path) -> list[Example]:
-    """A split as `prepare` wrote it."""
+def read_split(path: Path) -> Rows:
+    """A split as `prepare` wrote it; a row is read when it is asked for."""
     if not path.exists():
         raise DataError(f"{path} is not there yet: run `burnish prepare` first")
-    return [row_to_example(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return Rows(path, row_to_example)
 
 
-def _read_split(loaded: Loaded, split: str, data: DataSection, name: str) -> None:
-    rows = read_rows(name)
+def _read_split(loaded: Loaded, split: str, data: DataSection, name: str, *, plain: bool = False) -> None:
+    """`plain`: documents, not questions and answers."""
+    rows = read_documents(name) if plain else read_rows(name)
     loaded.problems += rows.problems
-    format_name = recognise(rows.rows, data, rows.path) if rows.rows else "none"
+    format_name = "none" if not rows.rows else "text" if plain else recognise(rows.rows, data, rows.path)
     examples, problems = to_examples(rows.rows, format_name, data) if rows.rows else ([], [])
     loaded.problems += problems
     loaded.splits[split] = examples
@@ -187,7 +189,9 @@ def _replay_apart(
 ) -> tuple[list[Example], list[tuple[Example, str]]]:
     """Replayed rows give way to validation and test rows like training rows, and to training rows that are the same."""
     known = {example.id for example in drawn["train"]}
-    overlap = find_overlap(replay, [*drawn["test"], *drawn["validation"]], ngram)
+    # Without system prompts: the task's rows may have got one from the recipe, and general rows have their own or none.
+    asked, held_out = ([_without_system(e) for e in part] for part in (replay, [*drawn["test"], *drawn["validation"]]))
+    overlap = find_overlap(asked, held_out, ngram)
     removed = [(e, f"replay overlap with test or validation: {overlap[e.id]}") for e in replay if e.id in overlap]
     removed += [(e, "replay row that is a training row") for e in replay if e.id in known and e.id not in overlap]
     gone = {example.id for example, _ in removed}
@@ -197,6 +201,10 @@ def _replay_apart(
             "Name general rows that are not the task's own"
         )
     return kept, removed
+
+
+def _without_system(example: Example) -> Example:
+    return dataclasses.replace(example, messages=tuple(m for m in example.messages if m["role"] != "system"))
 
 
 def _load_demo(data: DataSection, seed: int) -> Loaded:
@@ -231,7 +239,12 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
             wanted = min(0.4, round(max(now * 1.5 * LEAST_ROWS[split] / max(1, count), now + 0.05), 2))
             do = f"set data.{split}_fraction: {wanted}"
         else:
-            do = "collect more rows"
+            text = any(example.metadata.get("kind") == "text" for part in splits.values() for example in part)
+            do = (
+                "collect more documents, or cut long ones into several (a file each, or rows with a `text`)"
+                if text
+                else "collect more rows"
+            )
         problems.append(
             Problem(f"data.{split}", f"{count} rows after cleaning and splitting", f"at least {LEAST_ROWS[split]} are needed: {do}")
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
 from burnish.evaluation.compare import compare_run, detectable, is_answered
+from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
@@ -100,4 +101,7 @@ def _choose(
     return dict(found["chosen"])
 
 
-__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for", "on_tuned_base", "validation_score"]
+__all__ = [
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
+    "measure_text", "on_tuned_base", "validation_score",
+]  # fmt: skip

@@ -69,6 +69,7 @@ def load_base(recipe: Recipe, tell: Tell = silent, *, quantizer: str | None = No
         return load_model(recipe.model, tell)
     folder = Path(find_model(recipe.model.name, tell))
     name = quantizer or quantizer_for(recipe)
+    assert name is not None  # the method is qlora
     if name == "gguf" and not any(folder.glob("*.gguf")):
         raise ModelError(f"{recipe.model.name}: trained on the weights of a .gguf file, and there is none in {folder}")
     tell("4-bit base", 0, 0, QUANTIZERS[name].title)
@@ -123,6 +124,12 @@ def base_state(recipe: Recipe) -> str:
     """What an answer or a training rests on: the base's weights, and for `qlora` what holds them in 4 bits."""
     weights, quantizer = weights_hash(recipe.model.name), quantizer_for(recipe)
     return weights if quantizer is None else hash_of(weights, quantizer)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The type of a model folder's weights: what a merged model is written in."""
+    named = getattr(_config(folder), "dtype", None) or "bfloat16"
+    return str(named).removeprefix("torch.")
 
 
 def weights_hash(name: str) -> str:

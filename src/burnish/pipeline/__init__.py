@@ -22,7 +22,7 @@ from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
 from burnish.pipeline.chain import train
 from burnish.pipeline.search import sweep
-from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, prepare, task_of, versions, write_report
+from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run
 from burnish.training import Aim, read_trials
@@ -59,6 +59,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "prepare", "read_trials", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "run_recipe", "sweep", "task_of", "train",
     "versions", "write_report",
 ]  # fmt: skip

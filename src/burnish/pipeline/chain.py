@@ -13,15 +13,14 @@ from typing import Any
 from burnish import data as data_room
 from burnish import evaluation, training
 from burnish.errors import GateError
-from burnish.models import ADAPTER_MANIFEST, Chat, base_state, load_chat, merge_adapter, weights_hash
-from burnish.pipeline.steps import checked_rows, dataset_of, on_base, prepare, task_of, train_once
-from burnish.recipe import DataSection, StageSection, stage_recipes
+from burnish.models import ADAPTER_MANIFEST, Chat, base_state, load_chat, merge_adapter, tokens_of, weights_hash
+from burnish.pipeline.steps import PROBE_ROWS, dataset_of, on_base, prepare, rows_beside, task_of, train_once
+from burnish.recipe import Recipe, StageSection, stage_recipes
 from burnish.run import Run, hash_of
 from burnish.tasks import find_metric
 from burnish.training import BASE, Start
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
-PROBE_ROWS = 8  # on which a merged model must answer as base and adapter do
 TASK, RETAINED = "the run's own rows", "rows to be retained"
 
 
@@ -52,11 +51,24 @@ def train(
 
 
 @dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows whose loss is measured between the stages."""
+
+    examples: tuple[Example, ...]
+    sequences: list[Tokens]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], recipe: Recipe, chat: Chat) -> _Rows:
+        chosen = training.drawn(examples, recipe.seed)
+        return cls(tuple(chosen), [tokens for example in chosen for tokens in tokens_of(chat, example, recipe)])
+
+
+@dataclass(frozen=True, slots=True)
 class _Stage:
     section: StageSection
     job: Run
     dataset: Dataset
-    retained: tuple[Example, ...] = ()  # rows for the gate; none of them is trained on
+    retained: _Rows | None = None  # for the gate; none of them is trained on
 
     @property
     def name(self) -> str:
@@ -66,9 +78,14 @@ class _Stage:
 def _train_stages(
     job: Run, dataset: Dataset, stages: Sequence[_Stage], chat: Chat, *, allow_change: Sequence[str], tell: Tell
 ) -> dict[str, Any]:
-    sets = {stage.name: training.drawn(stage.dataset.validation, job.recipe().seed) for stage in stages}
-    sets[TASK] = training.drawn(dataset.validation, job.recipe().seed)
-    told: dict[str, Any] = {"rows": {name: len(rows) for name, rows in sets.items()}, "states": [], "stages": [], "stopped_at": None}
+    sets = {stage.name: _Rows.of(stage.dataset.validation, stage.job.recipe(), chat) for stage in stages}
+    sets[TASK] = _Rows.of(dataset.validation, job.recipe(), chat)
+    told: dict[str, Any] = {
+        "rows": {name: len(rows.examples) for name, rows in sets.items()},
+        "states": [],
+        "stages": [],
+        "stopped_at": None,
+    }
     told["measured"] = job.read_json(job.stages_file)["measured"] if job.stages_file.exists() else {}
     start, summaries = BASE, []
     for index, stage in enumerate(stages):
@@ -106,7 +123,7 @@ def _next_start(stage: _Stage, following: _Stage, left: Start, chat: Chat, tell:
         folder = adapter
     elif not _is_merged(folder, left.sha256):
         shutil.rmtree(folder, ignore_errors=True)
-        probe = [tokens.input_ids for example in stage.dataset.validation[:PROBE_ROWS] for tokens in chat.training_tokens(example)]
+        probe = [tokens.input_ids for example in stage.dataset.validation[:PROBE_ROWS] for tokens in tokens_of(chat, example, here)]
         merge_adapter(on_base(here, left), adapter, chat, folder, probe, tell)
     return Start(base=str(folder), sha256=weights_hash(str(folder)))
 
@@ -117,20 +134,18 @@ def _is_merged(folder: Path, adapter_sha256: str) -> bool:
     return manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")).get("adapter_sha256") == adapter_sha256
 
 
-def _state(
-    stage: _Stage, sets: dict[str, list[Example]], start: Start, chat: Chat, *, known: dict[str, float], tell: Tell
-) -> dict[str, Any]:
+def _state(stage: _Stage, sets: dict[str, _Rows], start: Start, chat: Chat, *, known: dict[str, float], tell: Tell) -> dict[str, Any]:
     """At one point of the chain: the loss of every stage's validation rows, and what this stage's gate looks at. Nothing is measured twice:
     `known` maps a hash of weights and rows to the number, and grows."""
     recipe, gate = on_base(stage.job.recipe(), start), stage.section.gate
-    measured = {**sets, **({RETAINED: list(stage.retained)} if stage.retained else {})}
+    measured = sets if stage.retained is None else {**sets, RETAINED: stage.retained}
     weights = [base_state(recipe), start.sha256 if start.adapter is not None else ""]
-    keys = {name: hash_of(weights, [example.id for example in rows]) for name, rows in measured.items()}
-    own = replace(stage.dataset, validation=tuple(sets[stage.name]))
+    keys = {name: hash_of(weights, [example.id for example in rows.examples]) for name, rows in measured.items()}
+    own = replace(stage.dataset, validation=sets[stage.name].examples)
     score_key = None
     if gate is not None and gate.measure == "validation_score":
         score_key = hash_of("score", keys[stage.name], recipe.to_dict()["evaluation"])
-    missing = {name: _sequences(chat, rows) for name, rows in measured.items() if keys[name] not in known}
+    missing = {name: rows.sequences for name, rows in measured.items() if keys[name] not in known}
     if missing or (score_key is not None and score_key not in known):
         model = training.load_state(recipe, start, tell)
         losses = training.measure_losses(model, missing, at_once=int(recipe.training.micro_batch_size), tell=tell)
@@ -139,10 +154,6 @@ def _state(
             metric = find_metric(task_of(recipe, own).metric)
             known[score_key] = evaluation.validation_score(model, own, recipe, chat, metric, tell) or 0.0
     return {"losses": {name: known[key] for name, key in keys.items()}, "score": known.get(score_key or "")}
-
-
-def _sequences(chat: Chat, rows: Sequence[Example]) -> list[Tokens]:
-    return [tokens for example in rows for tokens in chat.training_tokens(example)]
 
 
 def _row(stage: _Stage, summary: dict[str, Any], before: dict[str, Any], after: dict[str, Any], *, carried: bool) -> dict[str, Any]:
@@ -187,19 +198,13 @@ def _hold_back(stage: _Stage, chat: Chat, tell: Tell) -> _Stage:
         return stage
     recipe = stage.job.recipe()
     if gate.data is not None:
-        general = recipe.model_copy(
-            update={
-                "data": DataSection.model_validate({"train": gate.data, "max_length": recipe.data.max_length, "over_length": "drop"}),
-                "training": recipe.training.model_copy(update={"replay_data": None, "objective": "supervised"}),
-            }
-        )
-        rows = [example for part in checked_rows(general, chat, tell).values() for example in part.examples]
-        return replace(stage, retained=tuple(training.drawn(rows, recipe.seed)))
+        examples, beside = rows_beside(gate.data, recipe, chat, tell)
+        return replace(stage, retained=_Rows.of(examples, beside, chat))
     replay = stage.dataset.replay
     held = data_room.take(replay, min(training.MEASURED_ROWS, max(1, len(replay) // 5)), recipe.seed)
     chosen = {example.id for example in held}
     left = tuple(example for example in replay if example.id not in chosen)
-    return replace(stage, retained=tuple(held), dataset=replace(stage.dataset, replay=left))
+    return replace(stage, retained=_Rows.of(held, recipe, chat), dataset=replace(stage.dataset, replay=left))
 
 
 def _titled(name: str, tell: Tell) -> Tell:

@@ -12,16 +12,19 @@ from typing import Any
 from burnish import data as data_room
 from burnish import evaluation, report, training
 from burnish.data import REPLAY, SPLITS, Checked, Loaded
-from burnish.errors import DataError
+from burnish.errors import DataError, RecipeError
 from burnish.evaluation import CANDIDATES
 from burnish.models import (
     Chat,
+    Merged,
     base_state,
     context_window,
     load_chat,
+    merge_adapter,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
+    tokens_of,
     trained_hash,
     verify_adapter,
     weights_hash,
@@ -30,9 +33,10 @@ from burnish.recipe import Recipe
 from burnish.run import Run, hash_file, hash_of
 from burnish.tasks import Task, detect_task, find_metric, task_for
 from burnish.training import BASE, Start
-from burnish.types import Dataset, Tell, silent
+from burnish.types import Dataset, Example, Tell, silent
 
 EXAMPLES_AT_ONCE = 8  # what training.micro_batch_size: auto begins with
+PROBE_ROWS = 8  # on which a merged model must answer as base and adapter do
 
 
 def check(recipe: Recipe, *, tell: Tell = silent) -> tuple[Loaded, dict[str, Checked], Chat]:
@@ -75,6 +79,9 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     tell("prepared", 0, 0, counts + removed)
     if resolved.training.objective != "preference" and any(example.rejected is not None for example in dataset.train):
         tell("rejected answers", 0, 0, "not used: the chosen ones are trained. training.objective: preference trains on both")
+    if resolved.training.objective == "text":
+        tell("what is measured", 0, 0, f"bits per byte of {len(dataset.test)} test documents, before and after")
+        return dataset
     metric = find_metric(resolved.task.metric)
     shown = evaluation.detectable(len(dataset.test), resolved, metric)
     points = "no difference at all; get more test rows" if shown is None else f"differences of about {100 * shown:.0f} points or more"
@@ -102,14 +109,18 @@ def evaluate(
     measured = evaluation.on_tuned_base(job, recipe) if trained else recipe
     inputs = hash_of(names, _measured_by(recipe), _splits(dataset), base_state(measured), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
-    if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
+    plain = recipe.training.objective == "text"
+    answered = evaluation.is_measured if plain else evaluation.is_answered
+    if not names or (job.step_done(step, inputs) and all(answered(job, name, dataset.test) for name in names)):
         return
     if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(measured.model.name))):
         raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
-        evaluation.evaluate(
-            job, dataset, recipe, chat or load_chat(recipe.model, tell), task_of(recipe, dataset), trained=trained, tell=tell
-        )
+        chat = chat or load_chat(recipe.model, tell)
+        if plain:
+            evaluation.measure_text(job, dataset, recipe, chat, trained=trained, tell=tell)
+        else:
+            evaluation.evaluate(job, dataset, recipe, chat, task_of(recipe, dataset), trained=trained, tell=tell)
 
 
 def train_once(
@@ -189,9 +200,26 @@ def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
             )
     tell("comparing", 0, 0, f"{len(dataset.test)} test rows")
     with job.step("compare", hash_of(_splits(dataset))):
-        content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
+        if recipe.training.objective == "text":
+            content = evaluation.compare_text(job, recipe, dataset.test)
+        else:
+            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
         job.write_json(job.comparison_file, content)
     return content
+
+
+def merge(job: Run, output: Path, *, tell: Tell = silent) -> Merged:
+    """The run's adapter and its base as one model in `output`, proved on validation rows to answer as the two do. Raises ModelError."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise RecipeError(f"{output} exists already; choose another place with --output")
+    if not job.training_file.exists():
+        raise DataError(f"{job.path}: nothing is trained yet: run `burnish train` first")
+    dataset, recipe = dataset_of(job), evaluation.on_tuned_base(job, job.recipe())
+    chat = load_chat(recipe.model, tell)
+    rows = dataset.validation or dataset.train
+    probe = [tokens.input_ids for example in rows[:PROBE_ROWS] for tokens in tokens_of(chat, example, recipe)]
+    job.event("merge_started", output=str(output))
+    return merge_adapter(recipe, job.adapter_folder, chat, output, probe, tell)
 
 
 def write_report(job: Run, *, tell: Tell = silent) -> Path:
@@ -217,8 +245,8 @@ def rows_of(job: Run, *, without: Sequence[str] = ()) -> Dataset:
     if changed:
         names = ", ".join(str(job.split_file(split)) for split in changed)
         raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
-    parts = {split: () if split in without else tuple(data_room.read_split(job.split_file(split))) for split in manifest["splits"]}
-    return Dataset(parts["train"], parts["validation"], parts["test"], manifest, parts.get(REPLAY, ()))
+    parts = {split: () if split in without else data_room.read_split(job.split_file(split)) for split in manifest["splits"]}
+    return Dataset(parts["train"], tuple(parts["validation"]), tuple(parts["test"]), manifest, parts.get(REPLAY, ()))
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:
@@ -248,13 +276,18 @@ def machine() -> dict[str, Any]:
     return {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "memory_gb": round(pages / 1e9, 1)}
 
 
-def checked_rows(recipe: Recipe, chat: Chat, tell: Tell = silent) -> dict[str, Checked]:
-    """The usable rows of the recipe's files. Raises DataError with all problems."""
-    loaded = data_room.load(recipe)
-    checked = _checked(loaded, recipe, chat, tell)
+def rows_beside(name: str, recipe: Recipe, chat: Chat, tell: Tell = silent) -> tuple[list[Example], Recipe]:
+    """Usable rows of a file that is not the recipe's own (rows to be retained), and a recipe that reads them. Raises DataError with all problems."""
+    section = DataSection.model_validate({"train": name, "max_length": recipe.data.max_length, "over_length": "drop"})
+    training = recipe.training.model_copy(update={"replay_data": None, "objective": "supervised"})
+    beside = recipe.model_copy(update={"data": section, "training": training})
+    loaded = data_room.load(beside)
+    if any(source["format"] == "text" for source in loaded.sources):
+        beside = beside.model_copy(update={"training": training.model_copy(update={"objective": "text"})})
+    checked = _checked(loaded, beside, chat, tell)
     if problems := loaded.problems + [problem for part in checked.values() for problem in part.problems]:
-        raise DataError(f"{len(problems)} problems in {recipe.data.train}", problems)
-    return checked
+        raise DataError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {name}", problems)
+    return [example for part in checked.values() for example in part.examples], beside
 
 
 def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str, Checked]:
@@ -267,20 +300,28 @@ def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str
             f"{recipe.model.name} reads {window} tokens at once: longer rows count as over-long, whatever data.max_length says",
         )
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": window})})
-    return data_room.check(loaded, recipe, tokenize=chat.training_tokens, find_control=chat.find_control, tell=tell)
+    return data_room.check(
+        loaded, recipe, tokenize=lambda example: tokens_of(chat, example, recipe), find_control=chat.find_control, tell=tell
+    )
 
 
 def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[str, Any]:
     """What each `auto` becomes, from the rows, the tokenizer and the machine."""
     device = resolve_device(recipe.model.device)
     longest = dataset.manifest["token_lengths"]["train"].get("target_max", 256)
-    task = task_of(recipe, dataset)
-    find_metric(task.metric)  # a metric of the user's own that does not load should not wait for the training
-    values: dict[str, Any] = {
-        "model.device": device,
-        "model.dtype": resolve_dtype(recipe.model.dtype, device),
-        "task.metric": task.metric,
-    }
+    values: dict[str, Any] = {"model.device": device, "model.dtype": resolve_dtype(recipe.model.dtype, device)}
+    if recipe.training.objective == "text":
+        longest = 256  # nothing is answered
+        candidates = [name for name in recipe.evaluation.candidates if name in evaluation.TEXT_CANDIDATES]
+        window = context_window(recipe.model.name) or recipe.data.max_length
+        values |= {
+            "task.metric": evaluation.BITS_PER_BYTE,
+            "evaluation.candidates": candidates or ["base"],
+            "data.max_length": min(window, recipe.data.max_length),
+        }
+    else:
+        values["task.metric"] = task_of(recipe, dataset).metric
+        find_metric(values["task.metric"])  # a metric of the user's own that does not load should not wait for the training
     if recipe.model.chat_template == "auto" and chat.template_name != "own":
         values["model.chat_template"] = chat.template_name
     if recipe.training.micro_batch_size == "auto":
@@ -319,6 +360,8 @@ def _data_files(recipe: Recipe) -> list[str | None]:
 
 def _fingerprint(name: str | None) -> str:
     path = Path(name) if name else None
+    if path is not None and path.is_dir():
+        return hash_of([[str(file.relative_to(path)), hash_file(file)] for file in sorted(path.rglob("*")) if file.is_file()])
     if name and name.startswith("demo:"):
         return f"{name} {_version('home-assistant-intents')} {_version('hassil')}"
     try:

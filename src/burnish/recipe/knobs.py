@@ -33,7 +33,8 @@ class ModelSection(_Section):
 
 class DataSection(_Section):
     train: str = Field(
-        min_length=1, description="rows to learn from: .jsonl, .csv, .parquet (extra), hub:ID (extra), or `demo:home-assistant/en`"
+        min_length=1,
+        description="rows to learn from: .jsonl, .csv, .parquet (extra), hub:ID (extra), or `demo:home-assistant/en`; for plain text a .txt, a .md, or a folder",
     )
     validation: str | None = Field(None, description="rows to choose on (prompt form, shots, checkpoint); none: split off `train`")
     test: str | None = Field(None, description="rows for the verdict, read at the end; none: split off `train`")
@@ -87,7 +88,7 @@ class TrainingSection(_Section):
     )
     layers: str | list[Annotated[int, Field(ge=0)]] = Field(
         "all",
-        description="which decoder layers are trained, with any method: `all`, `last-8`, `first-4`, a list of numbers, or a regex over module names",
+        description="which decoder layers are trained, with any method: `all`, `last-8`, `first-4`, a list of numbers, or a regex found in module names",
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
         "auto", description="peak; `auto`: found by a short range test on training rows, written into the run"
@@ -281,6 +282,22 @@ class Recipe(_Section):
             replay = stage.training.get("replay_data", self.training.replay_data)
             if stage.gate is not None and stage.gate.measure == "retention_loss" and stage.gate.data is None and replay is None:
                 raise ValueError(f"stages.{stage.name}.gate: retention_loss needs rows: give the gate `data`, or training.replay_data")
+
+    @model_validator(mode="after")
+    def _plain_text(self) -> Recipe:
+        """`training.objective: text` and what does not go with it."""
+        if (self.data.format == "text") != (self.training.objective == "text") and self.data.format != "auto":
+            raise ValueError(
+                f"data.format: {self.data.format} does not go with training.objective: {self.training.objective}; plain text is `text` in both"
+            )
+        if self.training.objective != "text":
+            return self
+        given = [key for key in ("prompt_column", "completion_column", "context_column", "system") if getattr(self.data, key)]
+        if given or self.data.train.startswith("demo:"):
+            raise ValueError(f"data.{(given or ['train'])[0]} is about questions and answers and does not go with training.objective: text")
+        if self.task.metric not in ("auto", "bits_per_byte"):
+            raise ValueError("task.metric judges answers; plain text is judged by bits_per_byte: leave it out")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -27,6 +27,8 @@ _COMPARISON = {
     "left_out": None,
     "batch_size": None,
     "detectable_difference": None,
+    "unit": None,
+    "lower_is_better": False,
     "verdict": None,
     "sentence": None,
     "best_baseline": None,
@@ -142,7 +144,9 @@ def _optional(run: Run, path: Path, keys: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _is_fraction(comparison: dict[str, Any]) -> bool:
-    """Whether the metric lies between 0 and 1 (and is shown in per cent); somebody's own rubric may not."""
+    """Whether the metric lies between 0 and 1 (and is shown in per cent); somebody's own rubric may not, and a metric with a unit is not."""
+    if comparison["unit"] is not None:
+        return False
     values = [row["score"] for row in comparison["candidates"]]
     values += [value for row in comparison["rows_detail"] for value in row["scores"].values()]
     return all(0 <= value <= 1 for value in values if is_number(value))
@@ -211,7 +215,7 @@ def _rows(comparison: dict[str, Any], subject: str | None, against: str | None, 
     ties = 0
     if subject and against:
         for row in rows:
-            difference = _value(row, subject) - _value(row, against)
+            difference = (_value(row, subject) - _value(row, against)) * (-1 if comparison["lower_is_better"] else 1)
             if difference == 0:
                 ties += 1
             else:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from burnish.errors import BurnishError, Stopped, TrainingError
-from burnish.models import Chat, quantizer_facts, trainable_parameters, trained_hash, weights_hash
+from burnish.models import Chat, quantizer_facts, tokens_of, trainable_parameters, trained_hash, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of, recover_folder
 from burnish.training import distributed
@@ -30,7 +30,7 @@ from burnish.training.objective import Objective, make_objective
 from burnish.training.progress import Batching, Hooks, Progress
 from burnish.training.proof import prove
 from burnish.training.rate import RangeTest, range_test
-from burnish.training.ready import equip, order_of, rows_of, tokens_key
+from burnish.training.ready import equip, order_of, rows_of, start_state, tokens_key
 from burnish.training.recovery import peak_memory_bytes
 from burnish.training.stages import (
     BASE,
@@ -67,15 +67,16 @@ def train(
     """
     began = time.monotonic()
     distributed.join()
-    objective = make_objective(recipe.training)
+    objective = make_objective(recipe)
     here = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": distributed.local_device(recipe.model.device)})})
-    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=tokens_key(recipe, dataset, chat), tell=tell)
+    key = tokens_key(recipe, dataset, chat)
+    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=key, tell=tell)
     rows = rows_of(items, recipe)
     model = start_model(here, begin, tell)
     base_sha256 = weights_hash(recipe.model.name)
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
-    plan = equip(model, objective, items, recipe, tell)
-    state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
+    plan = equip(model, objective, items, recipe, cache=(run.frozen_folder, hash_of(base_sha256, key)), tell=tell)
+    state = start_state(model, recipe)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
     fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size()) | (
         {"start": begin.sha256} if begin.sha256 else {}
@@ -123,10 +124,15 @@ def train(
     seconds = before + progress.elapsed + time.monotonic() - proved_from
     summary = _summary(recipe, progress, model, manifest, rows=rows, seconds=seconds)
     summary |= {
+        "loss_unit": objective.unit,
+        "replay_rows": len(dataset.replay),
         "replayed_per_epoch": rows - len(items.train),
         "gradient_checkpointing": plan.checkpointing,
         "kept_bytes_per_token": plan.kept_bytes_per_token,
     }
+    if (cache := objective.paths.cache) is not None:
+        summary["frozen_layers_cached"] = cache.depth
+        cache.close()
     run.write_json(run.training_file, summary)
     return summary
 
@@ -146,8 +152,8 @@ def forget_checkpoints(run: Run) -> None:
     shutil.rmtree(run.checkpoints_folder, ignore_errors=True)
 
 
-def tokenize_all(chat: Chat, examples: Sequence[Example]) -> list[Tokens]:
-    return [tokens for example in examples for tokens in chat.training_tokens(example)]
+def tokenize_all(chat: Chat, examples: Sequence[Example], recipe: Recipe | None = None) -> list[Tokens]:
+    return [tokens for example in examples for tokens in tokens_of(chat, example, recipe)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ inside
@@ -226,6 +232,7 @@ def _summary(recipe: Recipe, progress: Progress, model: Any, manifest: dict[str,
         "base_validation_loss": progress.validation_losses[0][1] if progress.validation_losses else None,
         "best_step": progress.best_step or progress.step,
         "best_validation_loss": progress.best_loss,
+        **{f"best_{name}": value for name, value in progress.best_figures.items()},
         "stopped_early": progress.stopped_early,
         "learning_rate": recipe.training.learning_rate,
         "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from burnish.models import LEARNING_RATES, Chat, trainable_parameters, weights_hash
+from burnish.models import LEARNING_RATES, Chat, trainable_parameters
 from burnish.recipe import Recipe, TrainingSection
-from burnish.run import Run, hash_of
+from burnish.run import Run
 from burnish.training.items import make_items, with_references
 from burnish.training.objective import Objective, make_objective
 from burnish.training.pack import epoch_order
 from burnish.training.progress import planned_steps
-from burnish.training.ready import equip, rows_of, tokens_key
+from burnish.training.ready import equip, rows_of, start_state, tokens_key
 from burnish.training.stages import BASE, Start, start_model
 from burnish.training.step import make_masters, norm_of, take_gradients, update
 from burnish.types import Dataset, Tell, silent
@@ -51,13 +51,13 @@ class RangeTest:
 
 def range_test(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, *, start: Start = BASE, tell: Tell = silent) -> RangeTest:
     """`find_rate` on the training rows and the model that the run will begin with."""
-    objective = make_objective(recipe.training)
+    objective = make_objective(recipe)
     items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=tokens_key(recipe, dataset, chat), tell=tell)
     if plan(rows_of(items, recipe), recipe.training)[0] == 0:
         return _too_short(recipe.training)
     model = start_model(recipe, start, tell)
-    at_once = equip(model, objective, items, recipe, tell).at_once
-    state = hash_of(weights_hash(recipe.model.name), recipe.model.dtype, recipe.training.method)
+    at_once = equip(model, objective, items, recipe, tell=tell).at_once
+    state = start_state(model, recipe)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=at_once, tell=tell)
     return find_rate(model, items.train, objective=objective, settings=recipe.training, seed=recipe.seed, at_once=at_once, tell=tell)
 

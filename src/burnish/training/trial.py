@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from burnish.models import METHODS, Chat, load_base, trainable_parameters, weights_hash
+from burnish.models import METHODS, Chat, load_base, trainable_parameters
 from burnish.recipe import Recipe
-from burnish.run import hash_of
 from burnish.training.items import Items, make_items, with_references
 from burnish.training.loop import run_loop
 from burnish.training.objective import make_objective
 from burnish.training.progress import Batching, Hooks
-from burnish.training.ready import equip, order_of, tokens_key
+from burnish.training.ready import equip, order_of, start_state, tokens_key
 from burnish.training.sweep import Outcome, RunTrial
 from burnish.types import Dataset, Tell, silent
 
@@ -42,7 +41,7 @@ def trial_runner(
 
     def run(number: int, recipe: Recipe, watch: Callable[[int, float], None]) -> Outcome:
         nonlocal base, known
-        objective = make_objective(recipe.training)
+        objective = make_objective(recipe)
         if known is None:
             known = make_items(objective, chat, dataset, folder=folder, key=tokens_key(recipe, dataset, chat), tell=tell)
         model, base = METHODS[recipe.training.method](load_base(recipe, tell) if base is None else base, recipe), None
@@ -50,8 +49,8 @@ def trial_runner(
         def told(what: str, done: int, total: int, detail: str) -> None:
             tell(f"trial {number}: {what}", done, total, detail)
 
-        plan = equip(model, objective, known, recipe, told)
-        state = hash_of(weights_hash(recipe.model.name), recipe.model.dtype, recipe.training.method)
+        plan = equip(model, objective, known, recipe, tell=told)
+        state = start_state(model, recipe)
         items = with_references(known, objective, model, cache=reference, state=state, at_once=plan.at_once, tell=told)
         best: dict[str, torch.Tensor] = {}
         batch = int(recipe.training.micro_batch_size) * recipe.training.gradient_accumulation_steps
