@@ -12,10 +12,10 @@ from typing import Any
 
 from burnish import data as data_room
 from burnish import evaluation, training
-from burnish.errors import GateError
+from burnish.errors import DataError, GateError
 from burnish.models import ADAPTER_MANIFEST, Chat, base_state, load_chat, merge_adapter, tokens_of, weights_hash
-from burnish.pipeline.steps import PROBE_ROWS, dataset_of, on_base, prepare, rows_beside, task_of, train_once
-from burnish.recipe import Recipe, StageSection, stage_recipes
+from burnish.pipeline.steps import PROBE_ROWS, checked_rows, dataset_of, on_base, prepare, task_of, train_once
+from burnish.recipe import DataSection, Recipe, StageSection, stage_recipes
 from burnish.run import Run, hash_of
 from burnish.tasks import find_metric
 from burnish.training import BASE, Start
@@ -198,13 +198,27 @@ def _hold_back(stage: _Stage, chat: Chat, tell: Tell) -> _Stage:
         return stage
     recipe = stage.job.recipe()
     if gate.data is not None:
-        examples, beside = rows_beside(gate.data, recipe, chat, tell)
+        examples, beside = _rows_beside(gate.data, recipe, chat, tell)
         return replace(stage, retained=_Rows.of(examples, beside, chat))
     replay = stage.dataset.replay
     held = data_room.take(replay, min(training.MEASURED_ROWS, max(1, len(replay) // 5)), recipe.seed)
     chosen = {example.id for example in held}
     left = tuple(example for example in replay if example.id not in chosen)
     return replace(stage, retained=_Rows.of(held, recipe, chat), dataset=replace(stage.dataset, replay=left))
+
+
+def _rows_beside(name: str, recipe: Recipe, chat: Chat, tell: Tell = silent) -> tuple[list[Example], Recipe]:
+    """Usable rows of a file that is not the recipe's own (rows to be retained), and a recipe that reads them. Raises DataError with all problems."""
+    section = DataSection.model_validate({"train": name, "max_length": recipe.data.max_length, "over_length": "drop"})
+    training = recipe.training.model_copy(update={"replay_data": None, "objective": "supervised"})
+    beside = recipe.model_copy(update={"data": section, "training": training})
+    loaded = data_room.load(beside)
+    if any(source["format"] == "text" for source in loaded.sources):
+        beside = beside.model_copy(update={"training": training.model_copy(update={"objective": "text"})})
+    checked = checked_rows(loaded, beside, chat, tell)
+    if problems := loaded.problems + [problem for part in checked.values() for problem in part.problems]:
+        raise DataError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {name}", problems)
+    return [example for part in checked.values() for example in part.examples], beside
 
 
 def _titled(name: str, tell: Tell) -> Tell:

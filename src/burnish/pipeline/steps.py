@@ -33,7 +33,7 @@ from burnish.recipe import Recipe
 from burnish.run import Run, hash_file, hash_of
 from burnish.tasks import Task, detect_task, find_metric, task_for
 from burnish.training import BASE, Start
-from burnish.types import Dataset, Example, Tell, silent
+from burnish.types import Dataset, Tell, silent
 
 EXAMPLES_AT_ONCE = 8  # what training.micro_batch_size: auto begins with
 PROBE_ROWS = 8  # on which a merged model must answer as base and adapter do
@@ -43,7 +43,7 @@ def check(recipe: Recipe, *, tell: Tell = silent) -> tuple[Loaded, dict[str, Che
     """Read and check the rows with the recipe's own tokenizer and template. Writes nothing."""
     loaded = data_room.load(recipe)  # first: a missing file should not wait for a model
     chat = load_chat(recipe.model, tell)
-    return loaded, _checked(loaded, recipe, chat, tell), chat
+    return loaded, checked_rows(loaded, recipe, chat, tell), chat
 
 
 def prepare(job: Run, *, chat: Chat | None = None, apart: Dataset | None = None, tell: Tell = silent) -> Dataset:
@@ -66,7 +66,7 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     with job.step("prepare", inputs) as entry:
         loaded = data_room.load(recipe)
         chat = chat or load_chat(recipe.model, tell)
-        dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat, tell), recipe, apart=apart)
+        dataset = data_room.prepare(loaded, checked_rows(loaded, recipe, chat, tell), recipe, apart=apart)
         resolved = job.resolve(_resolved_values(recipe, dataset, chat))
         for split in dataset.manifest["splits"]:
             job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
@@ -276,21 +276,7 @@ def machine() -> dict[str, Any]:
     return {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "memory_gb": round(pages / 1e9, 1)}
 
 
-def rows_beside(name: str, recipe: Recipe, chat: Chat, tell: Tell = silent) -> tuple[list[Example], Recipe]:
-    """Usable rows of a file that is not the recipe's own (rows to be retained), and a recipe that reads them. Raises DataError with all problems."""
-    section = DataSection.model_validate({"train": name, "max_length": recipe.data.max_length, "over_length": "drop"})
-    training = recipe.training.model_copy(update={"replay_data": None, "objective": "supervised"})
-    beside = recipe.model_copy(update={"data": section, "training": training})
-    loaded = data_room.load(beside)
-    if any(source["format"] == "text" for source in loaded.sources):
-        beside = beside.model_copy(update={"training": training.model_copy(update={"objective": "text"})})
-    checked = _checked(loaded, beside, chat, tell)
-    if problems := loaded.problems + [problem for part in checked.values() for problem in part.problems]:
-        raise DataError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {name}", problems)
-    return [example for part in checked.values() for example in part.examples], beside
-
-
-def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str, Checked]:
+def checked_rows(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str, Checked]:
     window = context_window(recipe.model.name)
     if window is not None and window < recipe.data.max_length:
         tell(
