@@ -13,9 +13,9 @@ import pytest
 from test_pipeline import cli, tiny_recipe
 
 from burnish import pipeline
-from burnish.errors import GateError
+from burnish.errors import DataError, GateError, RecipeError
 from burnish.models import load_adapter, load_chat, load_model, weights_hash
-from burnish.recipe import Recipe, build_recipe
+from burnish.recipe import Recipe, build_recipe, dump_recipe
 from burnish.run import Run
 from burnish.training import measure_losses, tokenize_all
 from conftest import colour_rows
@@ -162,8 +162,6 @@ def test_a_gate_stops_the_chain(
 
 
 def test_the_exit_code_of_a_gate(tiny_folder: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from burnish.recipe import dump_recipe
-
     file = tmp_path / "chain.yaml"
     file.write_text(dump_recipe(chain(tiny_folder, files, {**GENERAL, "gate": {"min_gain": 50}}, TASK)))
     assert cli(monkeypatch, "train", str(file), "--run", str(tmp_path / "run")) == 3
@@ -172,14 +170,21 @@ def test_the_exit_code_of_a_gate(tiny_folder: Path, files: dict[str, str], tmp_p
 def test_bad_rows_of_the_last_stage_stop_the_chain_before_the_first_step(
     tiny_folder: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from burnish.errors import DataError
-
     monkeypatch.setattr("burnish.training.run_loop", lambda *_, **__: pytest.fail("trained"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x", "completion": ""}\n' * 30)
     run = Run.create(tmp_path / "run", chain(tiny_folder, files, GENERAL, {**TASK, "data": str(bad)}))
     with pytest.raises(DataError, match=r"bad\.jsonl"):
         pipeline.train(run, dataset=pipeline.prepare(run))
+
+
+def test_several_processes_are_refused(tiny_folder: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "run", chain(tiny_folder, files, GENERAL, TASK))
+    dataset = pipeline.prepare(run)
+    monkeypatch.setattr("burnish.training.distributed.asked_size", lambda: 2)
+    monkeypatch.setattr("burnish.training.distributed.join", lambda *, work=True: work)
+    with pytest.raises(RecipeError, match="one process"):
+        pipeline.train(run, dataset=dataset)
 
 
 def test_a_second_process_cannot_work_in_a_stage(finished: Run) -> None:

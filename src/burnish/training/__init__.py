@@ -147,6 +147,10 @@ def dismiss() -> None:
     distributed.join(work=False)
 
 
+def several_processes() -> bool:
+    return distributed.asked_size() > 1
+
+
 def forget_checkpoints(run: Run) -> None:
     """Once a training is done, nothing goes on from its checkpoints."""
     shutil.rmtree(run.checkpoints_folder, ignore_errors=True)
@@ -257,6 +261,6 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 __all__ = [
     "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
-    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "start_model", "sweep", "tokenize_all",
+    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "several_processes", "start_model", "sweep", "tokenize_all",
     "train", "trial_runner",
 ]  # fmt: skip
