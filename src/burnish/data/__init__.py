@@ -73,8 +73,11 @@ def check(
     return checked
 
 
-def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe) -> Dataset:
-    """De-duplicate, split, remove overlap, draw the rows asked for. Raises DataError with all problems, or when too few rows are left."""
+def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe, *, apart: Dataset | None = None) -> Dataset:
+    """De-duplicate, split, remove overlap, draw the rows asked for. Raises DataError with all problems, or when too few rows are left.
+
+    `apart`: the rows of the run that this stage is part of; what overlaps with its test and validation rows is left out, too.
+    """
     problems = loaded.problems + [problem for part in checked.values() for problem in part.problems]
     if problems:
         raise DataError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data; nothing was prepared", problems)
@@ -89,6 +92,10 @@ def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe) -> D
     for split, against in (("validation", ("test",)), ("train", ("test", "validation"))):
         overlap = find_overlap(splits[split], [e for name in against for e in splits[name]], data.overlap_ngram)
         removed += [(e, f"overlap with {' or '.join(against)}: {overlap[e.id]}") for e in splits[split] if e.id in overlap]
+        splits[split] = [e for e in splits[split] if e.id not in overlap]
+        others = [e for name in against for e in getattr(apart, name)] if apart is not None else []
+        overlap = find_overlap(splits[split], others, data.overlap_ngram)
+        removed += [(e, f"overlap with the run's {' or '.join(against)} rows: {overlap[e.id]}") for e in splits[split] if e.id in overlap]
         splits[split] = [e for e in splits[split] if e.id not in overlap]
     available = {split: len(splits[split]) for split in SPLITS}
     drawn = {split: take(splits[split], getattr(data, f"{split}_rows"), seed) for split in SPLITS}
@@ -253,5 +260,5 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
 
 
 __all__ = [
-    "REPLAY", "SPLITS", "Checked", "Loaded", "check", "example_to_row", "load", "make_example", "parse_json", "prepare", "read_split", "row_to_example", "statistics",
+    "REPLAY", "SPLITS", "Checked", "Loaded", "check", "example_to_row", "load", "make_example", "parse_json", "prepare", "read_split", "row_to_example", "statistics", "take",
 ]  # fmt: skip

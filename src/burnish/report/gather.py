@@ -106,6 +106,7 @@ def gather(run: Run) -> dict[str, Any]:
             "comparisons": pairs,
             "fields": comparison.get("fields") or None,
             "training": _training(run),
+            "stages": _stages(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),
@@ -179,7 +180,14 @@ def _training(run: Run) -> dict[str, Any] | None:
             {key: line.get(key) for key in ("step", "loss", "smoothed_loss", "learning_rate")} for line in _thinned(_smoothed(steps))
         ],
         "validations": [{key: line[key] for key in ("step", "validation_loss")} for line in checks],
+        "range_test": _optional(run, run.rate_file, {"learning_rate": None, "reason": None, "examples": None, "points": []}),
     }
+
+
+def _stages(run: Run) -> dict[str, Any] | None:
+    """What each stage of a chain brought. The hashes by which a chain finds what it has measured say nothing to a reader."""
+    content = _optional(run, run.stages_file, {"rows": {}, "states": [], "stages": [], "stopped_at": None})
+    return None if content is None else {key: value for key, value in content.items() if key != "measured"}
 
 
 def _smoothed(steps: list[dict[str, Any]], keep: float = 0.9) -> list[dict[str, Any]]:
