@@ -56,7 +56,8 @@ def train(
     model = METHODS[recipe.training.method](load_model(section, tell), recipe)
     base_sha256 = weights_hash(recipe.model.name)
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
-    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size())
+    initial = weights_digest(list(trainable_parameters(model).values()))
+    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size())
     writes = distributed.rank() == 0
     event = _quietly(run.event) if writes else _ignore
     store = Checkpoints(run.checkpoints_folder, fingerprint, event=event, allowed=allow_change, tell=tell) if writes else None
@@ -79,7 +80,8 @@ def train(
             event=event,
             stop=stop,
         )
-        batching = Batching(at_once=_at_once(model, sequences, recipe, hooks.tell), buckets=recipe.engine.length_buckets)
+        at_once = int(start.progress["at_once"]) if start is not None else _at_once(model, sequences, recipe, hooks.tell)
+        batching = Batching(at_once=at_once, buckets=recipe.engine.length_buckets)
         before = time.monotonic() - began
         try:
             progress = run_loop(
@@ -144,7 +146,7 @@ def _begin(
 
 
 def _at_once(model: Any, sequences: Sequence[Tokens], recipe: Recipe, tell: Tell) -> int:
-    """Examples computed at once. A checkpoint's own number goes before it."""
+    """Examples computed at once, where no checkpoint says it already."""
     if keeps_sequences_apart(model, sequences):
         return int(recipe.training.micro_batch_size)
     tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
@@ -174,7 +176,7 @@ def _prove(
     if weights_digest(list(trainable_parameters(model).values())) == progress.initial_digest:
         raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
     return prove(
-        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:2],
+        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:1],
         unchanged=progress.best_step == progress.step,
     )  # fmt: skip
 
