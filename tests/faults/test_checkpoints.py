@@ -189,6 +189,14 @@ def test_another_learning_rate_goes_on_where_it_is_allowed(run: Path, whole: Ref
     assert steps[15]["loss"] != before[15]["loss"]
 
 
+def test_other_first_weights_are_refused(run: Path) -> None:
+    """A stage that begins with another adapter is another training, whatever its recipe says."""
+    store = store_of(run, [])
+    store.fingerprint = {**store.fingerprint, "initial_weights": "0" * 64}
+    with pytest.raises(RecipeError, match="initial_weights"):
+        store.newest()
+
+
 def test_another_library_version_needs_leave(run: Path) -> None:
     told: list[tuple[str, dict[str, Any]]] = []
     store = store_of(run, told)

@@ -151,7 +151,7 @@ def test_only_the_rows_that_are_to_blame_are_named(prepared: Callable[..., Run],
 
 
 def test_an_exploding_loss_is_written_down_and_is_no_error(prepared: Callable[..., Run]) -> None:
-    run = prepared(learning_rate=10, warmup_fraction=0)
+    run = prepared(learning_rate=0.5, warmup_fraction=0)
     pipeline.train(run)
     losses = [row["loss"] for row in steps_of(run)]
     assert max(loss for loss in losses if loss is not None) > 5 * losses[0]
@@ -214,8 +214,11 @@ def _raise(problem: Exception) -> Any:
     raise problem
 
 
-def test_success_needs_a_change(prepared: Callable[..., Run]) -> None:
-    run = prepared(learning_rate=1e-30)
+def test_success_needs_a_change(prepared: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step was done, and none of them did anything."""
+    run = prepared()
+    use(monkeypatch)
+    monkeypatch.setattr(Faulty, "backward", lambda self, model, items, denominator: 1.0)
     with pytest.raises(TrainingError, match="changed no weight"):
         pipeline.train(run)
     assert not run.adapter_folder.exists()

@@ -366,7 +366,12 @@ def main() -> None:
         code = _report_error("stopped", EXIT_OUR_FAULT, debug)
     except KeyboardInterrupt as stop:
         text = str(stop) or "stopped: finished steps are kept"
-        code = _report_error(f"{text}\ngo on with:  {_again()}", stop.exit_code if isinstance(stop, Stopped) else 130, debug)
+        code = stop.exit_code if isinstance(stop, Stopped) else 130
+        if _is_launched():
+            # The launcher says how to go on; the other processes have nothing to add to what the first says.
+            code = code if _rank() else _report_error(text, code, debug)
+        else:
+            code = _report_error(f"{text}\ngo on with:  {_again()}", code, debug)
     except BrokenPipeError:
         code = EXIT_DONE
     except Exception as problem:
@@ -429,6 +434,11 @@ def _open(recipe: Path, run: Path | None) -> Run:
 def _rank() -> int:
     """Which process of a training this is (torchrun's environment)."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _is_launched() -> bool:
+    """Whether `burnish train --processes N` started this process."""
+    return "BURNISH_BEAT" in os.environ
 
 
 def _launch(processes: int, folder: Path) -> None:

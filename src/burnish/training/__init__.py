@@ -76,9 +76,10 @@ def train(
     base_sha256 = weights_hash(recipe.model.name)
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
     plan = equip(model, objective, items, recipe, cache=(run.frozen_folder, hash_of(base_sha256, key)), tell=tell)
+    initial = weights_digest(list(trainable_parameters(model).values()))
     state = start_state(model, recipe)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
-    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size()) | (
+    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size()) | (
         {"start": begin.sha256} if begin.sha256 else {}
     )
     writes = distributed.rank() == 0
@@ -103,7 +104,8 @@ def train(
             event=event,
             stop=stop,
         )
-        batching = Batching(at_once=plan.at_once, order=order_of(objective, items, recipe))
+        at_once = int(start.progress["at_once"]) if start is not None else plan.at_once
+        batching = Batching(at_once=at_once, order=order_of(objective, items, recipe))
         before = time.monotonic() - began
         try:
             progress = run_loop(
@@ -204,7 +206,7 @@ def _prove(
     if weights_digest(list(trainable_parameters(model).values())) == progress.initial_digest:
         raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
     return prove(
-        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:2],
+        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:1],
         unchanged=progress.best_step == progress.step,
     )  # fmt: skip
 
