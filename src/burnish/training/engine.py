@@ -17,6 +17,7 @@ from burnish.types import Tell, Tokens, silent
 
 # torch.compile of a GPU model earns its start-up in about so many steps; on a CPU the fused modules leave it too little to save (docs/performance.md).
 _STEPS_WORTH_COMPILING = 200
+_PROOF_TOKENS = 32
 
 
 def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps: int, tell: Tell = silent) -> Paths:
@@ -89,6 +90,12 @@ def _loss(model: Any, sequences: Sequence[Tokens], paths: Paths) -> float:
 
 
 def _two_short(sequences: Sequence[Tokens]) -> tuple[Tokens, Tokens]:
-    """The two shortest of the first hundred: the proofs need any, and short ones cost little."""
+    """The beginnings of the two shortest of the first hundred: the proofs need any tokens, and few cost little. Their last few are the targets."""
     ordered = sorted((sequences[index] for index in range(min(100, len(sequences)))), key=lambda tokens: len(tokens.input_ids))
-    return ordered[0], ordered[min(1, len(ordered) - 1)]
+    first, second = ordered[0].input_ids[:_PROOF_TOKENS], ordered[min(1, len(ordered) - 1)].input_ids[: _PROOF_TOKENS + 5]
+    return _with_targets(first), _with_targets(second)
+
+
+def _with_targets(ids: list[int]) -> Tokens:
+    targets = min(4, len(ids) - 1)
+    return Tokens(ids, [IGNORED] * (len(ids) - targets) + ids[len(ids) - targets :])
