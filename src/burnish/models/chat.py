@@ -125,6 +125,7 @@ class Chat:
                                                      - - -           - -----     trained
 
         A later window begins with <bos>, where the tokenizer has one, and the last token of the window before, neither of them trained.
+        (Gemma 3 270M, windows of 512 tokens of this project's design page: 4.55 nats a token so, 5.36 without the <bos>.)
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         head = [] if bos is None else [bos]
