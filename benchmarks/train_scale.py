@@ -4,8 +4,8 @@
     python benchmarks/train_scale.py --rows 1000 10000 --rounds 1
 
 Both sets repeat the same GSM8K rows with another number in front of each, so that lengths are alike and no row is a duplicate. The model is
-tiny (2 layers, 64 wide, random weights, Gemma's tokenizer and vocabulary): what handling the rows costs cannot hide behind the products. Both train for
-the same number of steps, in turn; speeds are compared within a round. The last line is `RESULT {…}`; results/train_scale.json holds it all.
+tiny (2 layers, 64 wide, a vocabulary of 4,096, random weights): what handling the rows costs cannot hide behind the products. Both train for the
+same number of steps, in turn; speeds are compared within a round. The last line is `RESULT {…}`; results/train_scale.json holds it all.
 """
 
 from __future__ import annotations
@@ -30,13 +30,19 @@ HERE = Path(__file__).resolve().parent
 BATCH, LIMIT_SECONDS = 8, 3000.0
 TEMPLATE_ROWS, HELD_OUT = 1000, 64  # rows that are repeated; then rows for validation and for test
 TINY = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
-from burnish.models import find_model
-tokenizer = AutoTokenizer.from_pretrained(find_model("gemma-3-270m"))
+import json, sys, torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+raw = Tokenizer(models.BPE())
+raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+text = (part for line in open(sys.argv[2], encoding="utf-8") for part in json.loads(line).values())
+raw.train_from_iterator(text, trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "<bos>", "<eos>"],
+                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 torch.manual_seed(0)
-config = Gemma3TextConfig(vocab_size=262144, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                          num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, sliding_window=512)
+config = Gemma3TextConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, sliding_window=512,
+                          pad_token_id=0, bos_token_id=1, eos_token_id=2)
 AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])
 tokenizer.save_pretrained(sys.argv[1])
 """
@@ -44,7 +50,7 @@ tokenizer.save_pretrained(sys.argv[1])
 
 def main() -> None:
     asked = arguments()
-    model = asked.model or make_tiny(asked.work / "tiny")
+    model = asked.model or make_tiny(asked.work / "tiny", asked.data)
     prepared = {rows: prepare(rows, model, asked) for rows in asked.rows}
     rounds = [{rows: train(rows, number, prepared[rows], asked) for rows in asked.rows} for number in range(1, asked.rounds + 1)]
     small, large = min(asked.rows), max(asked.rows)
@@ -74,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared/data/gsm8k/train.jsonl", help="GSM8K's train.jsonl")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000])
     parser.add_argument("--steps", type=int, default=125, help="of training; 125 steps of 8 are the 1,000 rows once")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", help="a model's name or folder in place of the tiny one")
     parser.add_argument("--work", type=Path, default=Path("runs/train_scale"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -86,9 +92,9 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
-def make_tiny(folder: Path) -> str:
+def make_tiny(folder: Path, data: Path) -> str:
     if not (folder / "model.safetensors").exists():
-        subprocess.run([sys.executable, "-c", TINY, str(folder)], check=True, env=environment(BURNISH))
+        subprocess.run([sys.executable, "-c", TINY, str(folder), str(data)], check=True, env=environment(BURNISH))
     return str(folder)
 
 
@@ -108,7 +114,7 @@ def write_recipe(rows: int, model: str, folder: Path, *, data: Path, steps: int)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for index in range(rows):
             row = source[index % TEMPLATE_ROWS]
-            code = index * 104_729 % 1_000_000  # each of a million numbers once: a prime step; six digits are six tokens
+            code = index * 104_729 % 1_000_000  # each of a million numbers once: a prime step; six digits, so that all are of like length
             file.write(json.dumps({"question": f"Problem {code:06d}. {row['question']}", "answer": row["answer"]}) + "\n")
     for place, split in enumerate(("validation", "test")):
         part = source[TEMPLATE_ROWS + place * HELD_OUT : TEMPLATE_ROWS + (place + 1) * HELD_OUT]
