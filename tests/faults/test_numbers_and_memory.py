@@ -16,7 +16,7 @@ from burnish.errors import TrainingError
 from burnish.models import trainable_parameters
 from burnish.recipe import build_recipe
 from burnish.run import Run
-from burnish.training.objective import Supervised
+from burnish.training.objective import OBJECTIVES, Supervised
 from burnish.types import Tokens
 from conftest import colour_rows
 
@@ -76,7 +76,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Faulty:
     objective = Faulty()
     for name, value in values.items():
         setattr(objective, name, value)
-    monkeypatch.setattr(training, "Supervised", lambda: objective)
+    monkeypatch.setitem(OBJECTIVES, "supervised", lambda recipe: objective)
     return objective
 
 
