@@ -187,6 +187,7 @@ def test_a_name_appears_only_after_what_it_holds_is_on_the_disk(short: Reference
             assert found[1] in synced, f"{found[1]} was renamed before its own fsync"
             files = {path for path in created if path.startswith(found[1] + "/")}
             assert len(files) >= 3
+            files -= {path for path in files if path.endswith("/README.md")}  # PEFT's empty card is removed again
             assert files <= synced, sorted(files - synced)
             waiting = str(Path(found[2]).parent)
             renamed += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from burnish.errors import (
     EXIT_CANT_TELL,
@@ -33,8 +34,21 @@ from burnish.errors import (
 if TYPE_CHECKING:
     from burnish.run import Run
 
+
+class _Interrupted(Exception):
+    """A KeyboardInterrupt on its way through typer, which would make a bare 130 of it and lose what it says."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted from stop
+
+
 app = typer.Typer(
-    name="burnish", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="burnish", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune a language model on your own data, and prove whether it helped.",
 )  # fmt: skip
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs: list, show, diff.", rich_markup_mode=None)
@@ -364,7 +378,8 @@ def main() -> None:
         code = _report_error(str(problem), problem.exit_code, debug)
     except typer.Abort:
         code = _report_error("stopped", EXIT_OUR_FAULT, debug)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, _Interrupted) as caught:
+        stop = caught.__cause__ if isinstance(caught, _Interrupted) else caught
         text = str(stop) or "stopped: finished steps are kept"
         code = stop.exit_code if isinstance(stop, Stopped) else 130
         if _is_launched():
