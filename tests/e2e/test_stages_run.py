@@ -27,17 +27,18 @@ TASK = {"name": "task", "training": {"epochs": 4}}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Three files; five rows of `general` are rows of the task, one of which will stand in its test split."""
+    """Three files; `general` asks sixty questions of the task, too, with other answers: their hashes fall into other splits."""
     folder = tmp_path_factory.mktemp("rows")
     turned = [{"prompt": f"turn {row['prompt']}", "completion": row["completion"]} for row in colour_rows(80, start=300)]
-    content = {"general": [*turned, *colour_rows(60)], "domain": colour_rows(80, start=500), "task": colour_rows(120)}
+    content = {"general": [*turned, *({**row, "completion": "a thing"} for row in colour_rows(60))], "domain": colour_rows(80, start=500), "task": colour_rows(120)}
     for name, rows in content.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: str(folder / f"{name}.jsonl") for name in content}
 
 
 def chain(folder: Path, files: dict[str, str], *stages: dict[str, Any], **changes: Any) -> Recipe:
-    plain = tiny_recipe(folder, Path(files["task"]), evaluation={"candidates": ["base", "tuned"]}, lora={"rank": 4, "alpha": 8}, **changes)
+    changes["evaluation"] = {"candidates": ["base", "tuned"], **changes.get("evaluation", {})}
+    plain = tiny_recipe(folder, Path(files["task"]), lora={"rank": 4, "alpha": 8}, **changes)
     own = [{**stage, "data": stage.get("data", files[stage["name"]] if stage["name"] in ("general", "domain") else {})} for stage in stages]
     return build_recipe({**plain.to_dict(), "stages": own})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from burnish import data as data_room
 from burnish import evaluation, training
-from burnish.errors import DataError, GateError
+from burnish.errors import DataError, GateError, RecipeError
 from burnish.models import ADAPTER_MANIFEST, Chat, base_state, load_chat, merge_adapter, tokens_of, weights_hash
 from burnish.pipeline.steps import PROBE_ROWS, checked_rows, dataset_of, on_base, prepare, task_of, train_once
 from burnish.recipe import DataSection, Recipe, StageSection, stage_recipes
@@ -35,6 +35,9 @@ def train(
     chat = chat or load_chat(recipe.model, tell)
     if not recipe.stages:
         return train_once(job, dataset=dataset, chat=chat, allow_change=allow_change, tell=tell)
+    if training.several_processes():
+        training.dismiss()
+        raise RecipeError("stages run in one process: leave out --processes, or train the stages one by one")
     inputs = hash_of(
         recipe.to_dict(), [dataset.manifest["splits"][split]["file_sha256"] for split in data_room.SPLITS], weights_hash(recipe.model.name)
     )
