@@ -30,7 +30,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Three files; `general` asks sixty questions of the task, too, with other answers: their hashes fall into other splits."""
     folder = tmp_path_factory.mktemp("rows")
     turned = [{"prompt": f"turn {row['prompt']}", "completion": row["completion"]} for row in colour_rows(80, start=300)]
-    content = {"general": [*turned, *({**row, "completion": "a thing"} for row in colour_rows(60))], "domain": colour_rows(80, start=500), "task": colour_rows(120)}
+    content = {
+        "general": [*turned, *({**row, "completion": "a thing"} for row in colour_rows(60))],
+        "domain": colour_rows(80, start=500),
+        "task": colour_rows(120),
+    }
     for name, rows in content.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: str(folder / f"{name}.jsonl") for name in content}
