@@ -111,10 +111,10 @@ def script_command(order: Order, case_file: Path) -> list[str]:
 
 
 def environment(contestant: str) -> dict[str, str]:
-    """The same for everyone: no network, no reporting, torch's own choice of threads. PYTHONPATH is Burnish's alone."""
+    """The same for everyone: no network, no reporting, torch's own choice of threads, which wait without spinning. PYTHONPATH is Burnish's alone."""
     kept = {key: value for key, value in os.environ.items() if contestant == BURNISH or key != "PYTHONPATH"}
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-    return kept | quiet | {"TOKENIZERS_PARALLELISM": "false"} | CONTESTANTS[contestant].variables
+    return kept | quiet | {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"} | CONTESTANTS[contestant].variables
 
 
 def watch(process: subprocess.Popen[bytes], limit_seconds: float, outcome: Outcome, look: Callable[[], None]) -> str | None:
