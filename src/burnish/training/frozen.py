@@ -170,7 +170,7 @@ def make_cache(
         if asked is True:
             tell("frozen cache", 0, 0, f"not used: {why}")
 
-    if not depth or getattr(config, "attention_dropout", False) or (not model.device.type == "cpu" and asked == "auto"):
+    if not depth or getattr(config, "attention_dropout", False) or (model.device.type != "cpu" and asked == "auto"):
         return without("no layer at the bottom is frozen, or its attention drops out")
     layers, tokens = int(config.num_hidden_layers), int(sum(lengths))
     dtype = next(inner.parameters()).dtype
