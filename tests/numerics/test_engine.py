@@ -14,8 +14,10 @@ from burnish.models import IGNORED, METHODS, attend_by_segment, attention, fused
 from burnish.models.attention import Segment
 from burnish.recipe import build_recipe
 from burnish.training import loss as loss_module
+from burnish.training import step as step_module
 from burnish.training.loss import summed_loss, token_losses
-from burnish.training.pack import Paths, flatten
+from burnish.training.objective import Supervised
+from burnish.training.pack import Paths, flatten, row_length
 from burnish.types import Tokens
 from conftest import build_tiny
 
@@ -93,6 +95,40 @@ def test_shared_beginnings_stand_once(tokenizer: Any) -> None:
         positions = shared.position_ids[0][shared.predictors[own]].tolist()
         assert positions == [i for i, label in enumerate(sequence.labels[1:]) if label != IGNORED]
         assert [shared.input_ids[0][place] for place in shared.predictors[own]] == [sequence.input_ids[i] for i in positions]
+
+
+def test_long_steps_are_split_and_stay_what_they_are(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = branching()[:5]
+    assert row_length(sequences, PATHS["segments"]) == flatten(sequences, PATHS["segments"]).input_ids.shape[1]
+    alike = sequences[:3]  # all share 31 tokens; two of them 20 more, which is not counted
+    assert row_length(alike, PATHS["shared"]) == flatten(alike, PATHS["shared"]).input_ids.shape[1] + 20
+    model = build_tiny("llama", tokenizer).requires_grad_(True)
+    assert attend_by_segment(model)
+    objective = Supervised()
+    objective.paths = PATHS["segments"]
+    parts: list[int] = []
+    real = objective.backward
+    monkeypatch.setattr(objective, "backward", lambda m, some, n: parts.append(len(some)) or real(m, some, n))
+    results = []
+    for most in (2048, 100):
+        monkeypatch.setattr(step_module, "_CPU_TOKENS", most)
+        results.append(gradients(model, lambda: Given(step_module.backward(model, objective, sequences, at_once=5, denominator=7))))
+    assert parts == [5, 2, 2, 1]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    close(results[1][1], results[0][1])
+
+
+class Given:
+    """A loss whose gradients are in the weights already."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def backward(self) -> None:
+        """Done."""
+
+    def detach(self) -> float:
+        return self.value
 
 
 def test_short_beginnings_are_not_shared() -> None:
@@ -272,3 +308,16 @@ def test_everything_together_in_bfloat16(tokenizer: Any) -> None:
         errors.append((abs(value - loss), distance))
     assert errors[1][1] < 1.5 * errors[0][1]
     assert errors[1][0] < 1e-2 * loss
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
+def test_the_offset_of_a_norm_is_found_in_bfloat16_with_large_weights(family: str, offset: float, tokenizer: Any) -> None:
+    """Gemma's weights reach 300: beside them, in bfloat16, an offset of 1 is rounding."""
+    model = build_tiny(family, tokenizer).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(300 * torch.rand(parameter.shape))
+    assert fused.fuse(model)["norm"] > 0
+    norms = [module for module in model.modules() if isinstance(module, fused.FusedNorm)]
+    assert {norm.offset for norm in norms} == {offset}

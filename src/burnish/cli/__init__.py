@@ -496,6 +496,8 @@ def _step(
     from burnish.run import Run
 
     asked = _recipe(recipe, overrides)
+    if allow_change:
+        pipeline.refuse_unchangeable(allow_change)
     job = Run.create(run or _folder_of(recipe) or Path("runs") / asked.name, asked, fresh=fresh, allow_change=allow_change)
     with job.lock(), progress() as tell:
         job.note(versions=pipeline.versions(), machine=pipeline.machine())

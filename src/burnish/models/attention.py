@@ -39,6 +39,9 @@ class Segment:
 
 def attend_by_segment(model: Any) -> bool:
     """Let the model's attention follow `segments=…` where a call gives them; without them it stays SDPA. False where the model will not."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", False):
+        return False
     try:
         model.set_attn_implementation(BY_SEGMENT)
     except (ValueError, AttributeError, TypeError):

@@ -115,7 +115,7 @@ def read_weights(folder: Path, model: ModelSection, *, from_gguf: bool = False, 
                 dtype=getattr(torch, dtype),
                 trust_remote_code=False,
                 local_files_only=True,
-                attn_implementation="sdpa",
+                attn_implementation="eager" if _caps_attention(folder) else "sdpa",
                 **source,
                 **options,
             )
@@ -123,6 +123,11 @@ def read_weights(folder: Path, model: ModelSection, *, from_gguf: bool = False, 
         raise ModelError(f"{model.name}: the weights cannot be read: {str(problem)[:400]}") from problem
     loaded.requires_grad_(False)
     return loaded.eval() if "device_map" in options else loaded.eval().to(device)
+
+
+def _caps_attention(folder: Path) -> bool:
+    """Gemma 2 and its kin cap attention's scores, which SDPA would leave out without a word."""
+    return bool(getattr(_config(folder).get_text_config(), "attn_logit_softcapping", None))
 
 
 def base_state(recipe: Recipe) -> str:

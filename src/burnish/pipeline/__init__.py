@@ -25,7 +25,7 @@ from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run
-from burnish.training import Aim, read_trials
+from burnish.training import Aim, read_trials, refuse_unchangeable
 from burnish.types import Tell, silent
 
 DEMO = {
@@ -59,6 +59,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
     "versions", "write_report",
 ]  # fmt: skip

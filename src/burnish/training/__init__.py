@@ -21,7 +21,7 @@ from burnish.recipe import Recipe
 from burnish.run import Run, hash_of, recover_folder
 from burnish.training import distributed
 from burnish.training.checkpoint import Checkpoints, State, publish, save_adapter, weights_digest
-from burnish.training.fingerprint import fingerprint_of
+from burnish.training.fingerprint import fingerprint_of, refuse_unchangeable
 from burnish.training.interrupt import asked_to_stop
 from burnish.training.items import make_items, with_references
 from burnish.training.loop import run_loop
@@ -104,7 +104,12 @@ def train(
             event=event,
             stop=stop,
         )
-        at_once = int(start.progress["at_once"]) if start is not None else plan.at_once
+        # A checkpoint's own number, since rounding depends on it; fewer, where there is less memory now than there was then.
+        at_once = plan.at_once if start is None else min(int(start.progress["at_once"]), max(plan.at_once, 1))
+        if start is not None and at_once != start.progress["at_once"]:
+            start.progress["at_once"] = at_once
+            event("less_memory", at_once=at_once, bit_exact=False)
+            tell("memory", 0, 0, f"{at_once} examples at once from here on, as memory asks for: the result is right, but not bit-exact")
         batching = Batching(at_once=at_once, order=order_of(objective, items, recipe))
         before = time.monotonic() - began
         try:
@@ -263,6 +268,6 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 __all__ = [
     "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
-    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "several_processes", "start_model", "sweep", "tokenize_all",
+    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "refuse_unchangeable", "several_processes", "start_model", "sweep", "tokenize_all",
     "train", "trial_runner",
 ]  # fmt: skip

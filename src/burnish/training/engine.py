@@ -43,8 +43,9 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
     if not packed:
         tell("packing", 0, 0, "this model lets packed sequences see each other: each is computed alone, which is slower")
     on_gpu = next(model.parameters()).is_cuda
-    if engine.compile is True or (engine.compile == "auto" and on_gpu and steps >= _STEPS_WORTH_COMPILING):
-        compile_layers(model)
+    wanted = engine.compile is True or (engine.compile == "auto" and on_gpu and steps >= _STEPS_WORTH_COMPILING)
+    if wanted and not compile_layers(model):
+        tell("compile", 0, 0, f"{type(model).__name__} has no layers of a kind that is compiled alone: nothing was compiled")
     return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed)
 
 
@@ -72,7 +73,7 @@ def _segments_hold(model: Any, pair: tuple[Tokens, Tokens]) -> bool:
     first, second = pair
     try:
         together = _loss(model, [first, second, first], Paths(by_segment=True, share=True))
-    except (NotImplementedError, TypeError, ValueError):
+    except (NotImplementedError, TypeError, ValueError, RuntimeError):
         return False
     alone = [_loss(model, [tokens], Paths()) for tokens in pair]
     # bfloat16 keeps three digits, and other shapes of a product round otherwise.

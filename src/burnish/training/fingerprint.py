@@ -36,10 +36,20 @@ def fingerprint_of(
         "template": chat.template_hash,
     }
     values |= {f"{section}.{key}": value for section in ("lora", "training", "engine") for key, value in parts[section].items()}
+    values["data.max_length"] = recipe.data.max_length  # windows of plain text
     values |= {"seed": recipe.seed, "model.dtype": recipe.model.dtype, "model.device": recipe.model.device, "world_size": world_size}
     values |= {f"versions.{name}": _version(name) for name in _LIBRARIES}
     del values["training.checkpoint_steps"]  # how often is saved changes nothing that is computed
     return values
+
+
+def refuse_unchangeable(allowed: Sequence[str]) -> None:
+    """Before anything is written: raises RecipeError for keys that `--allow-change` cannot allow."""
+    wrong = [key for key in allowed if not is_allowed(key, CHANGEABLE) and not key.startswith("versions")]
+    if wrong:
+        raise RecipeError(
+            f"--allow-change {wrong[0]}: this cannot change in mid-training; what can: {', '.join(CHANGEABLE)}. Train it as another run (--run)"
+        )
 
 
 def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any], *, allowed: Sequence[str], where: str) -> dict[str, list[Any]]:

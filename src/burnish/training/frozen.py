@@ -9,9 +9,9 @@ A training that was cut off finds its file again: what it then reads is what it 
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,82 +21,124 @@ from torch import Tensor, nn
 
 from burnish.models import decoder_layers
 from burnish.recipe import Recipe
-from burnish.training.pack import Batch
-from burnish.types import Tell, silent
+from burnish.run import hash_of
+from burnish.training.pack import Batch, Paths, flatten
+from burnish.types import Tell, Tokens, silent
 
 _LEAST_SAVED = 1 / 3  # of the layers' work: below, `auto` leaves the disk alone
 _SHARE_OF_DISK = 0.5  # of what is free
 
 
 class _Skipping:
-    """What a frozen layer becomes: itself, unless the hidden states of above are known already."""
+    """What a frozen layer becomes: itself, unless what all frozen layers make of the batch is known already."""
 
     burnish_cache: FrozenCache
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.burnish_cache.skipping:
-            return hidden_states
-        return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        cache = self.burnish_cache
+        if cache.batch is None:
+            return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        hidden = hidden_states if cache.skipping else super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return cache.exchange(hidden) if self is cache.last else hidden
 
 
 class FrozenCache:
-    """Hidden states (tokens, D) that enter layer `depth`, in the compute type, by the number of the token in the training's rows."""
+    """Hidden states (tokens, D) that enter layer `depth`, in the compute type, by the number of the token in the training's rows.
+
+    Raises OSError where the disk has no room: all of it is taken at once, since a write through a map that finds none ends the process.
+    """
 
     def __init__(self, model: Any, depth: int, folder: Path, tokens: int, key: str = "") -> None:
         self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.depth, self.folder = depth, folder
         size = int(self.inner.config.get_text_config().hidden_size)
         dtype = next(self.inner.parameters()).dtype
-        if not (folder / "key").exists() or (folder / "key").read_text(encoding="utf-8") != key:
+        if not holds(folder, key):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
+            with (folder / "hidden.bin").open("wb") as file:
+                _reserve(file.fileno(), tokens * size * dtype.itemsize)
             (folder / "known.bin").write_bytes(bytes(tokens))
             (folder / "key").write_text(key, encoding="utf-8")
         self.hidden = torch.from_file(str(folder / "hidden.bin"), shared=True, size=tokens * size, dtype=dtype).view(tokens, size)
         self.known = np.memmap(folder / "known.bin", dtype=bool, mode="r+", shape=(tokens,))
+        self.batch: Batch | None = None
         self.skipping = False
         layers = _layers(self.inner)
+        self.last = layers[depth - 1]
         for layer in layers[:depth]:
             setattr(layer, "burnish_cache", self)  # noqa: B010 - a module would take it for a child
             layer.__class__ = type(f"Skipping{type(layer).__name__}", (_Skipping, type(layer)), {})
-        self._entered: Tensor | None = None
-        layers[depth].register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def hidden_rows(self, batch: Batch) -> dict[str, Any] | None:
-        """Arguments that begin above the frozen layers, where every token of the batch is known; else None."""
-        if batch.numbers is None or not bool(self.known[batch.numbers].all()):
-            return None
-        rows = self.hidden[torch.from_numpy(batch.numbers)].to(batch.input_ids.device)  # (T, D)
-        arguments = batch.model_arguments()
-        del arguments["input_ids"]
-        return arguments | {"inputs_embeds": rows[None]}
 
     def last_hidden(self, body: nn.Module, batch: Batch) -> Tensor:
         """(T, D) the body's output for a batch, from what is known where all of it is; else computed, and then known."""
-        if (arguments := self.hidden_rows(batch)) is not None:
-            with self._skip():
-                return body(**arguments).last_hidden_state[0]
-        result = body(**batch.model_arguments()).last_hidden_state[0]
-        if batch.numbers is not None and batch.copies is not None and self._entered is not None:
+        if batch.numbers is not None:
+            self.batch, self.skipping = batch, bool(self.known[batch.numbers].all())
+        try:
+            result: Tensor = body(**batch.model_arguments()).last_hidden_state[0]
+            return result
+        finally:
+            self.batch, self.skipping = None, False
+
+    def exchange(self, hidden: Tensor) -> Tensor:
+        """Keep what is new of the frozen layers' output (1, T, D), and give back what was kept first of each token.
+
+        The first value stays, whatever batch a token comes in: so a step that is done again after a crash reads what it read before.
+        """
+        batch = self.batch
+        assert batch is not None
+        assert batch.numbers is not None
+        assert batch.copies is not None
+        if not self.skipping:
             numbers, places = batch.copies
-            self.hidden[torch.from_numpy(numbers)] = self._entered.detach()[0].to("cpu", self.hidden.dtype)[torch.from_numpy(places)]
+            new = ~self.known[numbers]
+            fresh = hidden.detach()[0].to("cpu", self.hidden.dtype)
+            self.hidden[torch.from_numpy(numbers[new])] = fresh[torch.from_numpy(places[new])]
             self.known[numbers] = True
-        self._entered = None
-        return result
+        return self.hidden[torch.from_numpy(batch.numbers)].to(hidden.device)[None]
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @contextmanager
-    def _skip(self) -> Iterator[None]:
-        self.skipping = True
-        try:
-            yield
-        finally:
-            self.skipping = False
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._entered = args[0] if args else kwargs["hidden_states"]
+def holds(folder: Path, key: str) -> bool:
+    """Whether what lies there was made under the same conditions, since this machine was last started: pages that a power cut lost read as zeros."""
+    try:
+        return (folder / "key").read_text(encoding="utf-8") == key
+    except OSError:
+        return False
+
+
+def _reserve(handle: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.truncate(handle, size)
+
+
+def _boot() -> str:
+    """Another word after each start of the machine, where the system tells one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _gives_the_same(model: Any, cache: FrozenCache, row: Tokens) -> bool:
+    """Whether the body gives the same output with the cache, while it learns a row and when it knows it: proved on this model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            plain = inner.base_model(**flatten([row]).model_arguments()).last_hidden_state[0]
+            batch = flatten([row], Paths(cache=cache))
+            found = [cache.last_hidden(inner.base_model, batch) for _ in range(2)]
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+    finally:
+        model.train(was_training)
+    return all(bool((one - plain).norm() <= 1e-3 * plain.norm()) for one in found)
 
 
 def _layers(inner: Any) -> list[nn.Module]:
@@ -113,31 +155,42 @@ def first_trained_layer(model: Any) -> int:
 
 
 def make_cache(
-    model: Any, lengths: Sequence[int], recipe: Recipe, folder: Path, *, passes: float, key: str = "", tell: Tell = silent
-) -> FrozenCache | None:
-    """The cache, where the recipe asks for it or (`auto`) it saves a third of the layers' work and the disk has room; else None."""
+    model: Any, lengths: Sequence[int], recipe: Recipe, folder: Path, *, passes: float, row: Tokens | None = None, key: str = "", tell: Tell = silent
+) -> FrozenCache | None:  # fmt: skip
+    """The cache, where the recipe asks for it or (`auto`) it saves a third of the layers' work and the disk has room; else None.
+
+    `row`: one of the training's, on which the cache is proved; `key`: what else the kept states rest on.
+    """
     asked = recipe.engine.frozen_cache
-    depth = first_trained_layer(model)
-    if asked is False or not depth or getattr(model.config.get_text_config(), "attention_dropout", False):
-        return None
+    depth = first_trained_layer(model) if asked is not False else 0
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = inner.config.get_text_config()
+
+    def without(why: str) -> None:
+        if asked is True:
+            tell("frozen cache", 0, 0, f"not used: {why}")
+
+    if not depth or getattr(config, "attention_dropout", False) or (model.device.type != "cpu" and asked == "auto"):
+        return without("no layer at the bottom is frozen, or its attention drops out")
     layers, tokens = int(config.num_hidden_layers), int(sum(lengths))
-    size = tokens * int(config.hidden_size) * next(inner.parameters()).element_size()
+    dtype = next(inner.parameters()).dtype
+    key = hash_of(key, _boot(), str(dtype), depth, tokens, recipe.to_dict()["engine"])
     # A frozen layer is a pass forward, a trained one as much again on the way back; the first time over the rows saves nothing.
     saved = depth / (depth + 2 * (layers - depth)) * (1 - 1 / max(1.0, passes))
+    size = tokens * int(config.hidden_size) * dtype.itemsize
     folder.parent.mkdir(parents=True, exist_ok=True)
-    room = _SHARE_OF_DISK * shutil.disk_usage(folder.parent).free
-    if size > room:
-        if asked is True:
-            tell(
-                "frozen cache",
-                0,
-                0,
-                f"{size / 1e9:.1f} GB are needed, the disk has {2 * room / 1e9:.1f} GB: frozen layers are computed each time",
-            )
-        return None
+    free = shutil.disk_usage(folder.parent).free
     if asked == "auto" and saved < _LEAST_SAVED:
         return None
+    if not holds(folder, key) and size > _SHARE_OF_DISK * free:
+        return without(f"{size / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB")
+    try:
+        cache = FrozenCache(model, depth, folder, tokens, key)
+    except OSError as problem:
+        shutil.rmtree(folder, ignore_errors=True)
+        return without(f"the disk has no room ({problem.strerror or problem})")
+    if row is not None and not _gives_the_same(model, cache, row):
+        cache.close()
+        return without("this model does not give the same with it")
     tell("frozen cache", 0, 0, f"{depth} of {layers} layers are frozen: their output is kept on disk ({size / 1e6:.0f} MB)")
-    return FrozenCache(model, depth, folder, tokens, key)
+    return cache

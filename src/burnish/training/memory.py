@@ -54,6 +54,8 @@ def plan_memory(
     row = sequences[0] if not paths.by_segment else _beginning(sequences[0])
     plain = kept = kept_bytes_per_token(model, row, paths)
     on = checkpointing is True and switch_checkpointing(model)
+    if checkpointing is True and not on:
+        tell("memory", 0, 0, "this model cannot compute its layers again on the way back: engine.gradient_checkpointing does nothing")
     if on:
         kept = kept_bytes_per_token(model, row, paths)
 

@@ -84,6 +84,17 @@ class Batch:
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
 
 
+def row_length(sequences: Sequence[Tokens], paths: Paths) -> int:
+    """Tokens of the row that `flatten` makes, or a few more: of what is shared, only what all share is counted off."""
+    total = sum(len(tokens.input_ids) for tokens in sequences)
+    if not (paths.by_segment and paths.share) or len(sequences) < 2:
+        return total
+    # The first and the last in order have the least in common.
+    first, last = min(tokens.input_ids for tokens in sequences), max(tokens.input_ids for tokens in sequences)
+    common = _common(first, last)
+    return total - (len(sequences) - 1) * common if common >= _LEAST_SHARED else total
+
+
 def flatten(sequences: Sequence[Tokens], paths: Paths = Paths()) -> Batch:
     """Join sequences into one batch. A label belongs to the place before it; the first token of a sequence is never a target."""
     row = _Row([], [], [])

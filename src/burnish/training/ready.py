@@ -53,7 +53,8 @@ def _frozen_cache(
     steps = planned_steps(len(lengths), settings)
     passes = steps * int(settings.micro_batch_size) * settings.gradient_accumulation_steps / len(lengths)
     counted = [*lengths, *(objective.length(item) for item in items.validation)]
-    return make_cache(model, counted, recipe, folder, passes=passes, key=key, tell=tell)
+    shortest = items.train[min(range(min(100, len(items.train))), key=lambda index: lengths[index])]
+    return make_cache(model, counted, recipe, folder, passes=passes, row=shortest, key=key, tell=tell)
 
 
 def start_state(model: Any, recipe: Recipe) -> str:

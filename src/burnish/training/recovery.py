@@ -43,7 +43,12 @@ def items_at(work: Work, epoch: int, place: int) -> list[int]:
     """The items of the step at a position."""
     if work.epoch[0] != epoch:
         work.epoch = (epoch, work.order(epoch))
-    return [int(index) for index in work.epoch[1][place : place + work.batch]]
+    found = [int(index) for index in work.epoch[1][place : place + work.batch]]
+    if not found:
+        raise TrainingError(
+            f"the position of the checkpoint (epoch {epoch}, place {place}) lies behind the rows there are: start anew with --fresh"
+        )
+    return found
 
 
 def split_smaller(work: Work, items: Sequence[Any], problem: str) -> None:

@@ -12,6 +12,7 @@ from burnish.data import take
 from burnish.models import METHODS, load_adapter, load_base, load_trained, verify_adapter, weights_hash
 from burnish.recipe import GateSection, Recipe
 from burnish.run import write_folder
+from burnish.training.engine import keeps_sequences_apart
 from burnish.training.loop import mean_loss
 from burnish.types import Example, Tell, Tokens, silent
 
@@ -62,6 +63,9 @@ def drawn(examples: Sequence[Example], seed: int) -> list[Example]:
 def measure_losses(model: Any, sets: Mapping[str, Sequence[Tokens]], *, at_once: int, tell: Tell = silent) -> dict[str, float]:
     """Mean loss of each set, nats per target token: of the answers (of a pair, the chosen one), or of all tokens of plain text."""
     model.eval()
+    some = next((sequences for sequences in sets.values() if sequences), None)
+    if some is not None and not keeps_sequences_apart(model, some):
+        at_once = 1
     losses = {}
     for number, (name, sequences) in enumerate(sets.items(), 1):
         tell("measuring between stages", number, len(sets), name)

@@ -13,7 +13,10 @@ from torch import Tensor
 from burnish.training import distributed
 from burnish.training.checkpoint import State
 from burnish.training.objective import Objective
+from burnish.training.pack import row_length
 
+# Gemma 3 270M in float32, a step of 1,881 tokens: 28 s in two parts, 29 s in one; 3.1 GB instead of 4.0 GB at the peak.
+_CPU_TOKENS = 2048
 _MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")
 
 
@@ -24,9 +27,15 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def backward(model: Any, objective: Objective, items: Sequence[Any], *, at_once: int, denominator: int) -> float:
-    """Add up gradients of Σ loss ÷ denominator over micro-batches of `at_once` items. Returns Σ loss ÷ denominator of these items."""
+    """Add up gradients of Σ loss ÷ denominator over micro-batches of `at_once` items. Returns Σ loss ÷ denominator of these items.
+
+    On a CPU, rows of more than _CPU_TOKENS are split further: products gain nothing from longer ones, and what is kept for the way back grows.
+    """
     model.train()
     loss = 0.0
+    if model.device.type == "cpu":
+        tokens = row_length([tokens for item in items for tokens in objective.sequences(item)], objective.paths)
+        at_once = min(at_once, -(-len(items) // max(1, -(-tokens // _CPU_TOKENS))))
     for start in range(0, len(items), at_once):
         loss += objective.backward(model, items[start : start + at_once], denominator)
     return loss
