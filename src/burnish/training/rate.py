@@ -32,7 +32,7 @@ COST_FRACTION = 0.05  # of the examples that the run will train on
 DECADES = 2.0  # powers of ten below and above the method's usual rate
 SMOOTHING = 0.7  # of the exponential mean of the losses
 DIVERGED_RISE = 1.0  # the test ends where the loss has risen so many nats above its lowest: later steps only cost time
-BELOW_LOWEST = 10.0  # the rate chosen is the rate of the lowest loss ÷ this
+BELOW_LOWEST = 3.0  # the rate chosen is the rate of the lowest loss ÷ this
 FURTHEST = 10.0  # and never further from the method's usual rate than this factor: so few steps know little
 
 
@@ -113,7 +113,7 @@ def choose(points: Sequence[dict[str, float]], usual: float) -> tuple[float, str
     if lowest["change"] >= 0:
         return usual, "the loss fell at no rate of the range test: the usual rate of the method"
     rate = lowest["rate"] / BELOW_LOWEST
-    reason = f"a {BELOW_LOWEST:.0f}th of {lowest['rate']:.1e}, where the loss of the range test was lowest"
+    reason = f"1/{BELOW_LOWEST:.0f} of {lowest['rate']:.1e}, where the loss of the range test was lowest"
     if not usual / FURTHEST <= rate <= usual * FURTHEST:
         rate = min(max(rate, usual / FURTHEST), usual * FURTHEST)
         reason += f", held within a factor of {FURTHEST:.0f} of the method's usual rate"
