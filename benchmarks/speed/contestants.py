@@ -58,7 +58,7 @@ CONTESTANTS: dict[str, Contestant] = {
     **{f"plain-targets-{short}": _plain(dtype, "targets") for short, dtype in _TYPES.items()},
     **{f"trl-{short}": _trl(dtype, "padded") for short, dtype in _TYPES.items()},
     **{f"trl-padding-free-{short}": _trl(dtype, "padding_free") for short, dtype in _TYPES.items()},
-    **{f"trl-packed-{short}": _trl(dtype, "packed", max_length=2048) for short, dtype in _TYPES.items()},
+    **{f"trl-packed-{short}": _trl(dtype, "packed", max_length=1024) for short, dtype in _TYPES.items()},
     **{f"trl-checkpointing-{short}": _trl(dtype, "padded", checkpointing=True) for short, dtype in _TYPES.items()},
     **{f"unsloth-{short}": _unsloth(dtype, False) for short, dtype in _TYPES.items()},
     **{f"unsloth-checkpointing-{short}": _unsloth(dtype, True) for short, dtype in _TYPES.items()},

@@ -5,6 +5,7 @@
     ├── DataError        2   the rows are wrong, or too few, or not there
     ├── ModelError       2   weights, tokenizer or template are missing, foreign or unsafe
     ├── TrainingError    1   training could not go on (diverged, nothing to train, disk full)
+    │   └── GateError    3   a stage did not pass its gate: an answer, with its numbers; what came before it is kept
     └── ServingError     1   an export or a request could not be served
 
     KeyboardInterrupt
@@ -84,6 +85,10 @@ class TrainingError(BurnishError):
     def __init__(self, message: str, problems: Iterable[Problem] = (), *, code: str | None = None) -> None:
         super().__init__(message, problems)
         self.code = code
+
+
+class GateError(TrainingError):
+    exit_code = EXIT_GATE_SAID_NO
 
 
 class ServingError(BurnishError):

@@ -8,10 +8,13 @@
     ├── lock                   held by the process that works here
     ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json (replay.jsonl, where rows are replayed)
     ├── candidates/            selection.json, one predictions file per candidate
-    ├── training/              metrics.jsonl, summary.json (reference.json, where preferences are trained), tokens/
+    ├── training/              metrics.jsonl, summary.json (rate.json, where a range test found the learning rate; reference.json of preferences), tokens/
     ├── checkpoints/           while training: step-N/ to go on from, best-N/ the best weights so far; gone once the training is done
+    ├── stages/NAME/           a run of its own for each stage of a chain
+    ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
     ├── comparison.json        scores, intervals, verdict
+    ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
     └── report.html report.json
 
 A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist. Logs and answers (.jsonl outside data/)
@@ -94,6 +97,33 @@ class Run:
         return self.path / "training" / "summary.json"
 
     @property
+    def rate_file(self) -> Path:
+        return self.path / "training" / "rate.json"
+
+    @property
+    def stages_file(self) -> Path:
+        return self.path / "stages.json"
+
+    def stage_folder(self, name: str) -> Path:
+        return self.path / "stages" / name
+
+    @property
+    def sweep_file(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def trials_file(self) -> Path:
+        return self.path / "trials.jsonl"
+
+    @property
+    def best_recipe_file(self) -> Path:
+        return self.path / "best.yaml"
+
+    @property
+    def sweep_report_file(self) -> Path:
+        return self.path / "sweep.html"
+
+    @property
     def reference_file(self) -> Path:
         """What the model said of each preference pair before training."""
         return self.path / "training" / "reference.json"
@@ -102,6 +132,11 @@ class Run:
     def tokens_folder(self) -> Path:
         """The rows as tokens, memory-mapped."""
         return self.path / "training" / "tokens"
+
+    @property
+    def frozen_folder(self) -> Path:
+        """What frozen lower layers make of the rows, while training."""
+        return self.path / "training" / "frozen"
 
     @property
     def checkpoints_folder(self) -> Path:
@@ -174,10 +209,11 @@ class Run:
     def recipe_as_asked(self) -> Recipe:
         return load_recipe(self.recipe_file)
 
-    def resolve(self, values: Mapping[str, Any]) -> Recipe:
-        """Write down what `auto` became. `values` maps dotted keys to values."""
+    def resolve(self, values: Mapping[str, Any], *, further: bool = False) -> Recipe:
+        """Write down what `auto` became. `values` maps dotted keys to values; `further`: besides what is written down already."""
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        resolved = build_recipe(self.recipe_as_asked().to_dict(), overrides=overrides, origin=str(self.resolved_file))
+        known = self.recipe() if further else self.recipe_as_asked()
+        resolved = build_recipe(known.to_dict(), overrides=overrides, origin=str(self.resolved_file))
         self.write_text(self.resolved_file, dump_recipe(resolved))
         return resolved
 
@@ -443,6 +479,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "verdict": comparison.get("verdict"),
                 "tuned": scores.get("tuned"),
                 "best_baseline": scores.get(comparison.get("best_baseline")),
+                "unit": comparison.get("unit"),
             }
         )
     return sorted(rows, key=lambda row: str(row["created"]), reverse=True)

@@ -6,7 +6,7 @@ wire format. Everything a step hands to the next is one of the types below.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -75,11 +75,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    train: tuple[Example, ...]
+    train: Sequence[Example]  # of a prepared run: read from its file row by row
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     manifest: dict[str, Any]  # hashes, counts and the reason of every row left out
-    replay: tuple[Example, ...] = ()  # general rows mixed into training against forgetting
+    replay: Sequence[Example] = ()  # general rows mixed into training against forgetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,9 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int]
+    number: int | None = field(
+        default=None, compare=False
+    )  # of its first token among all tokens of a training, where they are kept on disk
 
     @property
     def target_tokens(self) -> int:

@@ -17,12 +17,14 @@ ROWS = {
     "alpaca": {"instruction": "q", "input": "", "output": "a"},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     "columns": {"ask": "q", "say": "a"},
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "text": {"text": "a"},
 }
 
 
 def section(name: str) -> DataSection:
     columns = {"prompt_column": "ask", "completion_column": "say"} if name == "columns" else {}
-    return DataSection(train="rows.jsonl", **columns)
+    return DataSection(train="rows.jsonl", **columns, **({} if FORMATS[name].objective == "supervised" else {"format": name}))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -31,8 +33,10 @@ def test_recognised_and_converted(name: str) -> None:
     assert recognise(rows, section(name), "rows.jsonl") == name
     (example, _), problems = to_examples(rows, name, section(name))
     assert not problems
-    assert [m["role"] for m in example.messages] == ["user", "assistant"]
-    assert (example.question, example.reference) == ("q", "a")
+    if FORMATS[name].objective == "supervised":
+        assert [m["role"] for m in example.messages] == ["user", "assistant"]
+        assert example.question == "q"
+    assert example.reference == "a"
     assert example.source == "rows.jsonl:1"
 
 
@@ -52,6 +56,11 @@ def test_the_printed_example_is_a_row_of_the_format(name: str) -> None:
     row = json.loads(FORMATS[name].example.replace('"…"', '"text"'))
     examples, problems = to_examples([Row("x:1", row)], name, section(name))
     assert examples, problems
+
+
+def test_plain_text_is_never_taken_for_rows_to_be_answered() -> None:
+    with pytest.raises(DataError, match=r"keys found: text, label.*prompt_column: text, data.completion_column: label"):
+        recognise([Row("x:1", {"text": "q", "label": "a"})], section("chat"), "x")
 
 
 def test_no_format_and_two_formats_are_errors_that_name_the_keys() -> None:

@@ -12,6 +12,7 @@ from burnish.data.formats import make_example
 from burnish.models import Chat, trainable_parameters
 from burnish.recipe import build_recipe
 from burnish.training.objective import OBJECTIVES, KeepClose, Objective, make_objective
+from burnish.training.pack import Paths
 from burnish.training.preference import Preference, with_reference
 from burnish.types import Example
 from conftest import COLOURS, THINGS, with_adapter
@@ -34,7 +35,7 @@ def rows() -> list[Example]:
 def made(request: Any, tokenizer: Any, chat: Chat, tmp_path: Path) -> tuple[Objective, Any, list[Any]]:
     settings = {"objective": "supervised", "kl_weight": 0.5} if request.param == "kept close" else {"objective": request.param}
     recipe = build_recipe({"model": "m", "data": "d", "training": settings, "lora": {"rank": 4, "alpha": 8}})
-    objective = make_objective(recipe.training)
+    objective = make_objective(recipe)
     items = [item for example in rows() for item in objective.items(chat, example)]
     if isinstance(objective, Preference):
         items = with_reference(with_adapter("llama", tokenizer, started=False), items, cache=tmp_path / "r", state="", at_once=2)
@@ -50,6 +51,10 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 def test_it_is_chosen_by_the_recipe(made: tuple[Objective, Any, list[Any]], request: Any) -> None:
     assert isinstance(made[0], KeepClose) == ("kept close" in request.node.name)
     assert made[0].unit in ("target token", "pair")
+    paths = Paths(blocked=False)
+    made[0].paths = paths
+    assert made[0].paths == paths
+    assert "kept close" not in request.node.name or made[0].inner.paths == paths, "what measures takes the same paths"
 
 
 def test_lengths_and_counts_are_those_of_the_sequences(made: tuple[Objective, Any, list[Any]]) -> None:

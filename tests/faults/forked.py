@@ -95,6 +95,7 @@ def reference(model: Path, folder: Path, **training: Any) -> Reference:
     recipe = json.loads(json.dumps(RECIPE))
     recipe["model"] = {"name": str(model), "dtype": "float32"}
     recipe["data"]["train"] = str(data)
+    recipe["lora"]["dropout"] = training.pop("_dropout", recipe["lora"]["dropout"])
     recipe["training"] |= training
     prepared, whole = folder / "prepared", folder / "whole"
     assert forked().run("prepare", prepared, recipe=recipe) == 0, log_of(prepared)
@@ -179,6 +180,8 @@ def _child(job: dict[str, Any], rank: int, processes: int, port: int) -> None:
             _wait_for_tracer()
         if job.get("fsync"):
             _at_fsync(*job["fsync"])
+        if job.get("at_step"):
+            _at_step(*job["at_step"])
         _do(job, rank)
         code = 0
     except Stopped as stopped:
@@ -243,6 +246,20 @@ def _at_fsync(number: int, action: str) -> None:
         real(handle)
 
     os.fsync = fsync
+
+
+def _at_step(number: int, action: str) -> None:
+    """Once the row of a step is written: a signal comes (`TERM`, `INT`, `KILL`, `STOP`)."""
+    import burnish.training.metrics as metrics
+
+    real = metrics.append_line
+
+    def append(path: Path, row: dict[str, Any]) -> None:
+        real(path, row)
+        if row["step"] == number and "loss" in row:
+            os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
+
+    metrics.append_line = append
 
 
 if __name__ == "__main__":

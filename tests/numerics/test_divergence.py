@@ -18,8 +18,6 @@ from burnish.training.pack import flatten
 from burnish.types import Tokens
 from conftest import build_tiny, colour_rows, with_adapter
 
-FAMILIES = ("llama", "gemma3")
-
 
 @pytest.fixture
 def sequences(chat: Chat) -> list[Tokens]:
@@ -50,14 +48,11 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "softcap"), [("llama", None), ("gemma3", None), ("gemma3", 2.0)])
 def test_value_and_gradient_are_torchs(
     family: str, softcap: float | None, tokenizer: Any, sequences: list[Tokens], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(divergence, "_BLOCK_LOGITS", 5 * len(tokenizer))  # several blocks, the last not full
-    if softcap is not None and family != "gemma3":
-        pytest.skip("no soft cap in this family")
     model, base, some, weight = with_adapter(family, tokenizer), build_tiny(family, tokenizer), sequences[:6], 0.8
     if softcap is not None:
         for part in (model, model.get_base_model(), base):
@@ -75,6 +70,16 @@ def test_value_and_gradient_are_torchs(
     assert (kl > -1e-5).all()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_large_vocabulary_is_added_up_exactly() -> None:
+    """Gemma's 262,144 words: torch's log_softmax in float32 is off by 1e-4 nats here."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(262_144, 4), torch.tensor([5, 77_777, 262_143])
+    _, cross, kl = divergence._HeldLoss.apply(hidden, hidden * 0.8, weight, targets, None, 1.0)
+    tuned, base = (torch.log_softmax((rows @ weight.T).double(), -1) for rows in (hidden, hidden * 0.8))
+    torch.testing.assert_close(cross.double(), -tuned.gather(1, targets[:, None])[:, 0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(kl.double(), (base.exp() * (base - tuned)).sum(-1), rtol=0, atol=5e-6)
 
 
 def test_a_head_of_another_kind_gives_the_same(tokenizer: Any, sequences: list[Tokens], monkeypatch: Any) -> None:

@@ -5,6 +5,7 @@ The doors are imported inside the commands: `burnish --help` must not wait for t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from burnish.errors import (
     EXIT_CANT_TELL,
@@ -32,8 +34,21 @@ from burnish.errors import (
 if TYPE_CHECKING:
     from burnish.run import Run
 
+
+class _Interrupted(Exception):
+    """A KeyboardInterrupt on its way through typer, which would make a bare 130 of it and lose what it says."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted from stop
+
+
 app = typer.Typer(
-    name="burnish", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="burnish", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune a language model on your own data, and prove whether it helped.",
 )  # fmt: skip
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs: list, show, diff.", rich_markup_mode=None)
@@ -89,9 +104,11 @@ def check(
     from burnish import pipeline
     from burnish.cli import terminal
     from burnish.data import statistics
+    from burnish.models import tokens_of
 
     with terminal.progress(as_json) as tell:
-        loaded, checked, chat = pipeline.check(_recipe(recipe, overrides), tell=tell)
+        asked = _recipe(recipe, overrides)
+        loaded, checked, chat = pipeline.check(asked, tell=tell)
     problems = loaded.problems + [problem for part in checked.values() for problem in part.problems]
     warnings = [problem for part in checked.values() for problem in part.warnings]
     rows = {source["split"]: source["rows"] for source in loaded.sources}
@@ -104,7 +121,7 @@ def check(
         _show_check(numbers, loaded.sources, [str(w) for w in warnings])
         for example in [example for part in checked.values() for example in part.examples][:show]:
             terminal.say(f"\n{example.source}", "bold")
-            for tokens in chat.training_tokens(example):
+            for tokens in tokens_of(chat, example, asked):
                 terminal.out.print(terminal.coloured_mask(chat.segments(tokens)))
     if problems or (strict and warnings):
         found = problems + (warnings if strict else [])
@@ -170,6 +187,34 @@ def report(recipe: RecipeArgument, run: RunOption = None) -> None:
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its name under ./runs.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the merged model.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """The run's adapter and its base as one model that plain transformers loads, proved to answer as the two do."""
+    from burnish import pipeline
+    from burnish.cli.terminal import progress, say
+
+    job = _open(run, None)
+    with job.lock(), progress(as_json) as tell:
+        merged = pipeline.merge(job, output, tell=tell)
+    if as_json:
+        _print_json(dataclasses.asdict(merged))
+        return
+    say(
+        f"{merged.folder}: {merged.dtype}. Its logits are {merged.error:.2g} away from base + adapter's, which are {merged.effect:.2g} away from the base's "
+        f"(root mean square over {merged.probe_tokens} places)"
+    )
+    if merged.quantized is not None:
+        say(
+            f"Trained on a base held as {merged.quantized}; merged into the original weights it is another model: its logits are {merged.difference_to_trained:.2g} "
+            f"away from the trained one's, and {100 * (merged.agreement_with_trained or 0):.1f} % of the likeliest tokens are the same. Measure it before you ship it",
+            "yellow",
+        )
+
+
+@app.command()
 def run(
     recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False
 ) -> None:
@@ -180,6 +225,37 @@ def run(
     with progress(as_json) as tell:
         job = pipeline.run_recipe(_recipe(recipe, overrides), folder=run or _folder_of(recipe), fresh=fresh, tell=tell)
     _finish(job, as_json)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    over: Annotated[
+        list[str] | None,
+        typer.Option("--over", metavar="KEY=LOW..HIGH | KEY=A,B,C", help="A recipe key and what to try; may be repeated.  [default: learning rate and rank]", show_default=False),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="validation_loss, validation_score (the task's metric), or a metric's name.")] = "validation_loss",
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials at most, all sessions together.  [default: 20 where no budget is given]", show_default=False)] = None,
+    budget: Annotated[str | None, typer.Option(help="Time at most, all sessions together: 90s, 30m, 2h.", show_default=False)] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The sweep's folder.  [default: ./sweeps/NAME]", show_default=False)] = None,
+    overrides: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Search recipe keys for the best model on validation rows; write the winner as a recipe. Goes on where it was cut off."""
+    from burnish import pipeline
+    from burnish.cli.search import parse_time, show_sweep
+    from burnish.cli.terminal import progress
+    from burnish.run import Run
+
+    asked = _recipe(recipe, overrides)
+    aim = pipeline.Aim(objective, trials, None if budget is None else parse_time(budget))
+    with Run.working(run or _folder_of(recipe) or Path("sweeps") / asked.name, asked, fresh=fresh) as job, progress(as_json) as tell:
+        found = pipeline.sweep(job, over=over or (), aim=aim, tell=tell)
+    if as_json:
+        _print_json(
+            {"sweep": str(job.path), "report": str(job.sweep_report_file), **found, "trials": pipeline.read_trials(job.trials_file)}
+        )
+    else:
+        show_sweep(job, found)
 
 
 @app.command()
@@ -214,7 +290,7 @@ def doctor(as_json: JsonOption = False) -> None:
 @runs_app.command("list")
 def runs_list(folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"), as_json: JsonOption = False) -> None:
     """The runs in a folder: state, verdict, score."""
-    from burnish.cli.terminal import percent, table
+    from burnish.cli.terminal import score, table
     from burnish.run import list_runs
 
     rows = list_runs(folder)
@@ -222,7 +298,15 @@ def runs_list(folder: Annotated[Path, typer.Argument(help="Where the runs are.")
         _print_json(rows)
     else:
         shown = [
-            (r["name"], r["created"][:16], r["state"], r["verdict"] or "–", percent(r["tuned"]), percent(r["best_baseline"])) for r in rows
+            (
+                r["name"],
+                r["created"][:16],
+                r["state"],
+                r["verdict"] or "–",
+                score(r["tuned"], r["unit"]),
+                score(r["best_baseline"], r["unit"]),
+            )
+            for r in rows
         ]
         table(f"{len(rows)} runs in {folder}", ["run", "created", "state", "verdict", "tuned", "best baseline"], shown)
 
@@ -285,6 +369,8 @@ def recipe_schema() -> None:
 
 def main() -> None:
     """The command `burnish`."""
+    # Threads that spin while they wait lose all where another process wants the same cores: a step of 20 s took 72 s. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # --debug counts wherever it stands: people add it at the end of the line that failed.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -294,9 +380,15 @@ def main() -> None:
         code = _report_error(str(problem), problem.exit_code, debug)
     except typer.Abort:
         code = _report_error("stopped", EXIT_OUR_FAULT, debug)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, _Interrupted) as caught:
+        stop = caught.__cause__ if isinstance(caught, _Interrupted) else caught
         text = str(stop) or "stopped: finished steps are kept"
-        code = _report_error(f"{text}\ngo on with:  {_again()}", stop.exit_code if isinstance(stop, Stopped) else 130, debug)
+        code = stop.exit_code if isinstance(stop, Stopped) else 130
+        if _is_launched():
+            # The launcher says how to go on; the other processes have nothing to add to what the first says.
+            code = code if _rank() else _report_error(text, code, debug)
+        else:
+            code = _report_error(f"{text}\ngo on with:  {_again()}", code, debug)
     except BrokenPipeError:
         code = EXIT_DONE
     except Exception as problem:
@@ -359,6 +451,11 @@ def _open(recipe: Path, run: Path | None) -> Run:
 def _rank() -> int:
     """Which process of a training this is (torchrun's environment)."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _is_launched() -> bool:
+    """Whether `burnish train --processes N` started this process."""
+    return "BURNISH_BEAT" in os.environ
 
 
 def _launch(processes: int, folder: Path) -> None:
@@ -426,14 +523,15 @@ def _finish(job: Run, as_json: bool) -> None:
 
 
 def _show_verdict(job: Run) -> None:
-    from burnish.cli.terminal import out, percent, say, seconds, table
+    from burnish.cli.terminal import difference, out, say, score, seconds, table
 
     content = job.read_json(job.comparison_file)
+    unit = content.get("unit")
     rows = [
         (
             row["title"],
-            percent(row["score"]),
-            f"{percent(row['low'])} – {percent(row['high'])}",
+            score(row["score"], unit),
+            f"{score(row['low'], unit)} – {score(row['high'], unit)}",
             row["unscored"],
             seconds(row["seconds_p50"]),
             f"{row['prompt_tokens_mean']:.0f} → {row['completion_tokens_mean']:.0f}",
@@ -443,9 +541,10 @@ def _show_verdict(job: Run) -> None:
     ]
     out.print()
     columns = ["candidate", "score", f"{100 * content['confidence']:.0f} % interval", "unread", "wait p50", "tokens in → out", "training"]
-    table(f"{content['metric_title']}, {content['rows']} test rows (waits in batches of {content['batch_size']})", columns, rows)
+    batches = f" (waits in batches of {content['batch_size']})" if content["batch_size"] else ""
+    table(f"{content['metric_title']}, {content['rows']} test rows{batches}", columns, rows)
     for item in content["comparisons"]:
-        gain = f"{100 * item['difference']:+.1f} points [{100 * item['low']:+.1f}, {100 * item['high']:+.1f}], p = {item['p_adjusted']:.2g} (Holm)"
+        gain = f"{difference(item, unit)}, p = {item['p_adjusted']:.2g} (Holm)"
         say(f"{item['candidate']} against {item['baseline']}: {gain}  {item['verdict']}")
     style = {"BETTER": "bold green", "WORSE": "bold red"}.get(content["verdict"], "bold yellow")
     say(f"\n{content['verdict']}  {content['sentence']}", style)
@@ -472,27 +571,34 @@ def _show_check(numbers: dict[str, Any], sources: list[dict[str, Any]], warnings
 
 
 def _show_diff(found: dict[str, Any]) -> None:
-    from burnish.cli.terminal import percent, say, table
+    from burnish.cli.terminal import difference, say, score, table
 
+    unit = "bits per byte" if "bits_per_byte" in found["metric"] else None
     say(f"A {found['a']}: {found['verdicts'][0]}    B {found['b']}: {found['verdicts'][1]}", "bold")
     changed = [(key, *map(str, pair)) for part in ("recipe", "data", "versions") for key, pair in found[part].items()]
     table("what differed" if changed else "nothing differed in recipe, data or versions", ["key", "A", "B"], changed)
     rows = []
     for row in found["scores"]:
         part = row.get("difference")
-        gain = f"{100 * part['difference']:+.1f} [{100 * part['low']:+.1f}, {100 * part['high']:+.1f}]" if part else "–"
+        gain = difference(part, unit) if part else "–"
         rows.append(
-            (row["candidate"], percent(row["a"]), percent(row["b"]), gain, f"{part['p_value']:.2g}" if part else "–", row.get("note", ""))
+            (
+                row["candidate"],
+                score(row["a"], unit),
+                score(row["b"], unit),
+                gain,
+                f"{part['p_value']:.2g}" if part else "–",
+                row.get("note", ""),
+            )
         )
     table(
         f"what it did ({' / '.join(dict.fromkeys(found['metric']))})",
-        ["candidate", "A", "B", "B − A, points", "p (unadjusted)", "note"],
+        ["candidate", "A", "B", "B − A", "p (unadjusted)", "note"],
         rows,
     )
 
 
 def _relative(data: str, output: Path) -> str:
-    import os.path
 
     return os.path.relpath(Path(data).resolve(), output.resolve().parent)
 

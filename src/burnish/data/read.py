@@ -16,6 +16,8 @@ from typing import Any
 
 from burnish.errors import DataError, Problem, missing_extra
 
+DOCUMENTS = (".txt", ".md")  # each file one text
+ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -59,6 +61,35 @@ def read_rows(name: str) -> Rows:
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".txt", ""):
         return _read_json_array(path, text) if text.lstrip().startswith("[") else _read_jsonl(path, text)
     raise DataError(f"{path}: unknown kind of file `{path.suffix}`; expected .jsonl, .json, .csv, .tsv or .parquet")
+
+
+def read_documents(name: str) -> Rows:
+    """Plain text: a .txt or .md file is one document; a folder holds one in each; any other file has rows with a `text`.
+
+    Raises DataError where there is nothing to read.
+    """
+    path = Path(name)
+    if name.startswith("hub:") or not path.exists() or (path.is_file() and path.suffix.lower() not in DOCUMENTS):
+        return read_rows(name)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in (*DOCUMENTS, *ROW_FILES))
+    if not files:
+        raise DataError(f"{path}: no document in this folder; expected {', '.join((*DOCUMENTS, *ROW_FILES))} files")
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for file in files:
+        if file.suffix.lower() not in DOCUMENTS:
+            found = read_rows(str(file))
+            rows, problems = rows + found.rows, problems + found.problems
+            continue
+        try:
+            content = {"text": _decode(file)}
+        except OSError as problem:
+            raise DataError(f"{file}: cannot be read: {problem.strerror or problem}") from problem
+        if bad := _bad_text(content["text"], content):
+            problems.append(Problem(f"{file}:1", bad, "remove it: no tokenizer reads it"))
+        else:
+            rows.append(Row(f"{file}:1", content))
+    return Rows(str(path), rows, problems)
 
 
 def parse_json(text: str) -> Any:

@@ -64,12 +64,14 @@ def find_overlap(of: Sequence[Example], against: Sequence[Example], ngram: int) 
 
 
 def _words(example: Example) -> list[str]:
-    return _WORD.findall(" ".join(m["content"] for m in example.prompt if m["role"] == "user").casefold())
+    # Plain text has no prompt: the whole of it must not stand in two splits.
+    asked = " ".join(m["content"] for m in example.prompt if m["role"] == "user") if example.prompt else example.reference
+    return _WORD.findall(asked.casefold())
 
 
 def _key(example: Example) -> str:
     """The whole prompt, a system message too: with a fixed question, what differs may stand there."""
-    text = "\n".join(m["content"] for m in example.prompt)
+    text = "\n".join(m["content"] for m in example.prompt or example.messages)
     return " ".join(_WORD.findall(text.casefold())) or text
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from burnish.data.formats import FORMATS, guess_columns, recognise, to_examples
-from burnish.data.read import read_rows
+from burnish.data.read import DOCUMENTS, read_documents, read_rows
 from burnish.errors import DataError
 from burnish.recipe import Recipe, build_recipe, explain
 
@@ -24,6 +24,8 @@ _SHOWN = (
 
 def suggest_recipe(data: str, *, name: str, model: str) -> str:
     """YAML text. The format is recognised; for plain columns the two to use are guessed and marked as a guess. Raises DataError."""
+    if _is_text(data):
+        return _suggest_text(data, name=name, model=model)
     rows = read_rows(data)
     if not rows.rows:
         raise DataError(f"{data}: no row can be read", rows.problems)
@@ -66,6 +68,38 @@ def suggest_recipe(data: str, *, name: str, model: str) -> str:
         header.append(f"# {key} = {row['default']}: {row['meaning']}")
     header += ["# For example:", "# training:", "#   epochs: 5"]
     text = "\n".join(header) + "\n"
+    _prove(text)
+    return text
+
+
+def _is_text(data: str) -> bool:
+    """A folder, a .md file, or a .txt file that is not JSON in disguise."""
+    path = Path(data)
+    if path.suffix.lower() == ".txt" and path.is_file():
+        with path.open("rb") as file:
+            return file.read(1 << 10).lstrip()[:1] not in (b"{", b"[")
+    return path.is_dir() or (path.suffix.lower() in DOCUMENTS and path.is_file())
+
+
+def _suggest_text(data: str, *, name: str, model: str) -> str:
+    """A recipe for plain text: continued pre-training."""
+    documents = read_documents(data)
+    if not documents.rows:
+        raise DataError(f"{data}: no document can be read", documents.problems)
+    text = "\n".join(
+        [
+            f"# {len(documents.rows)} document{'s' * (len(documents.rows) != 1)} of plain text: the model goes on with its pre-training on {'it' if len(documents.rows) == 1 else 'them'}.",
+            "# `burnish run RECIPE` does everything; the verdict is bits per byte of held-out documents, before and after.",
+            "",
+            f"name: {json.dumps(name[:100])}",
+            f"model: {json.dumps(model)}",
+            "data:",
+            f"  train: {json.dumps(data)}",
+            "training:",
+            "  objective: text",
+            "",
+        ]
+    )
     _prove(text)
     return text
 

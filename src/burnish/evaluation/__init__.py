@@ -13,12 +13,13 @@ from typing import Any
 
 from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
 from burnish.evaluation.compare import compare_run, detectable, is_answered
+from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of
-from burnish.tasks import Task, find_metric
+from burnish.tasks import Metric, Task, find_metric, measure, task_for
 from burnish.types import Dataset, Example, Tell, silent
 
 _LONGEST_CONTEXT_TOKENS = 4096  # of a baseline's prompt, even where the model could read more: it is what measuring costs
@@ -30,6 +31,7 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     if not names:
         return
+    recipe = on_tuned_base(run, recipe) if trained else recipe
     model = load_trained(recipe, run.adapter_folder, tell) if trained else load_base(recipe, tell)
     identity = base_state(recipe)
     if trained:
@@ -44,6 +46,25 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
         setting = Setting(**chosen[name]) if name in chosen else Setting()
         kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
+
+
+def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe with the base that the run's adapter belongs to: its own, or what earlier stages of a chain left in the run's folder."""
+    folder = run.read_json(run.training_file).get("base_folder")
+    if folder is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(run.path / folder)})})
+
+
+def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
+    """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    task = task_for(metric.name, [example.reference for example in dataset.train])
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_CONTEXT_TOKENS)
+    options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
+    rows = dataset.validation
+    made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
+    return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
 
 
 def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
@@ -80,4 +101,7 @@ def _choose(
     return dict(found["chosen"])
 
 
-__all__ = ["CANDIDATES", "compare_run", "detectable", "evaluate", "is_answered", "limits_for"]
+__all__ = [
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
+    "measure_text", "on_tuned_base", "validation_score",
+]  # fmt: skip

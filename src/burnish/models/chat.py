@@ -11,6 +11,8 @@ One rule instead of a table of templates. For each assistant turn that is traine
     ─────────── ignored ────────   ─ trained ─
 
 So training and generation agree by construction, and the stop token is always learnt. A text can never produce a control token.
+
+Plain text (`training.objective: text`) has no turns: `text_tokens`. `tokens_of` is what everybody calls: it follows the recipe's objective.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.errors import ModelError
+from burnish.recipe import Recipe
 from burnish.run import hash_of
 from burnish.types import Example, Message, Tokens
 
@@ -115,6 +118,26 @@ class Chat:
             sequences.append(Tokens(full[:end], labels))
         return sequences
 
+    def text_tokens(self, text: str, max_length: int) -> list[Tokens]:
+        """A document as windows of at most `max_length` tokens: every token but the first is a target, in exactly one window.
+
+            <bos> a b c d <eos>, 4 at once →   <bos> a b c     <bos> c d <eos>
+                                                     - - -           - -----     trained
+
+        A later window begins with <bos>, where the tokenizer has one, and the last token of the window before, neither of them trained.
+        (Gemma 3 270M, windows of 512 tokens of this project's design page: 4.55 nats a token so, 5.36 without the <bos>.)
+        """
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        head = [] if bos is None else [bos]
+        body = self._ids(text, as_text=self.find_control(text) is not None)
+        ids = [*head, *body, self.stop_ids[0] if eos is None else eos]
+        windows = [Tokens(ids[:max_length], [IGNORED, *ids[1:max_length]])]
+        room = max_length - len(head) - 1  # targets in a later window
+        for start in range(max_length, len(ids), room):
+            fresh = ids[start : start + room]
+            windows.append(Tokens([*head, ids[start - 1], *fresh], [IGNORED] * (len(head) + 1) + fresh))
+        return windows
+
     def segments(self, tokens: Tokens) -> list[tuple[str, bool]]:
         """(text, trained) runs of a sequence, for showing the mask. Control tokens are written out."""
         runs: list[tuple[list[int], bool]] = []
@@ -147,6 +170,13 @@ class Chat:
             if full[index] in self.stop_ids:
                 return index + 1
         raise ModelError(f"{where}: the template ({self.template_name}) writes no stop token after the answer, so it could never be learnt")
+
+
+def tokens_of(chat: Chat, example: Example, recipe: Recipe | None = None) -> list[Tokens]:
+    """The sequences an example is trained as, by the recipe's objective (none: supervised)."""
+    if recipe is not None and recipe.training.objective == "text":
+        return chat.text_tokens(example.reference, recipe.data.max_length)
+    return chat.training_tokens(example)
 
 
 def make_chat(tokenizer: Any, chat_template: str) -> Chat:

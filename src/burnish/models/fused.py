@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from burnish.models.int8 import Int8Weight
+
+Weight = Tensor | Int8Weight
+
 # What an RMSNorm adds to its weight before it multiplies: Gemma's weights are stored minus one.
 _OFFSETS = (0.0, 1.0)
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -105,26 +109,34 @@ class _LoraProduct(torch.autograd.Function):
     """x Wᵀ + b + s (x Aᵀ) Bᵀ for a frozen W. x: (…, D_in), W: (D_out, D_in), A: (r, D_in), B: (D_out, r)."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(context: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         output, low = _lora_forward(rows, weight, a, b, scale)
         if bias is not None:
             output += bias
-        context.save_for_backward(rows, weight, a, b, low)
-        context.scale, context.shape = scale, x.shape
+        context.save_for_backward(rows, a, b, low)
+        context.weight, context.scale, context.shape = weight, scale, x.shape
         return output.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low = context.saved_tensors
+        rows, a, b, low = context.saved_tensors
         above = outputs[0].reshape(-1, outputs[0].shape[-1])
-        of_x, of_a, of_b = _lora_backward(above, rows, weight, a, b, low, context.scale, context.needs_input_grad[0])
+        of_x, of_a, of_b = _lora_backward(above, rows, context.weight, a, b, low, context.scale, context.needs_input_grad[0])
         return None if of_x is None else of_x.view(context.shape), None, None, of_a, of_b, None
 
 
-def _lora_forward(rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+def _times(rows: Tensor, weight: Weight) -> Tensor:
+    return weight.times(rows) if isinstance(weight, Int8Weight) else torch.mm(rows, weight.T)
+
+
+def _back(above: Tensor, weight: Weight) -> Tensor:
+    return weight.back(above) if isinstance(weight, Int8Weight) else torch.mm(above, weight)
+
+
+def _lora_forward(rows: Tensor, weight: Weight, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
     """(T, D_out) output and (T, r) what A made of the input."""
-    output = torch.mm(rows, weight.T)
+    output = _times(rows, weight)
     if a is None or b is None:
         return output, None
     low = torch.mm(rows, a.T)
@@ -132,10 +144,10 @@ def _lora_forward(rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | No
 
 
 def _lora_backward(
-    above: Tensor, rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, low: Tensor | None, scale: float, wants_x: bool
+    above: Tensor, rows: Tensor, weight: Weight, a: Tensor | None, b: Tensor | None, low: Tensor | None, scale: float, wants_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, A and B from that of the output."""
-    of_x = torch.mm(above, weight) if wants_x else None
+    of_x = _back(above, weight) if wants_x else None
     if a is None or b is None or low is None:
         return of_x, None, None
     inner = torch.mm(above, b).mul_(scale)  # (T, r)
@@ -156,24 +168,31 @@ class FusedLora(LoraLinear):
         return _LoraProduct.apply(x, weight, bias, a, b, scale)
 
 
-Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
+Parts = tuple[Weight, Tensor | None, Tensor | None, Tensor | None, float]
 
 
 def lora_parts(layer: nn.Module) -> Parts | None:
     """(W, bias, A, B, scale) of a frozen linear layer with one plain adapter, or without one; None where it is anything else."""
     if type(layer) is nn.Linear:
-        return None if layer.weight.requires_grad else (layer.weight, layer.bias, None, None, 1.0)
+        return None if layer.weight.requires_grad else (_weight(layer), layer.bias, None, None, 1.0)
     if not isinstance(layer, FusedLora) or layer.merged or layer.base_layer.weight.requires_grad:
         return None
     base = layer.base_layer
     if layer.disable_adapters:
-        return base.weight, base.bias, None, None, 1.0
+        return _weight(base), base.bias, None, None, 1.0
     if len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
     if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], nn.Identity):
         return None
-    return base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+    return _weight(base), base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+
+
+def _weight(layer: nn.Module) -> Weight:
+    """The frozen weight, or its 8-bit form where models.int8 gave it one."""
+    packed: Weight | None = getattr(layer, "int8", None)
+    weight: Any = layer.weight
+    return weight if packed is None else packed
 
 
 def _takes_plain_lora(layer: LoraLinear) -> bool:
@@ -189,30 +208,30 @@ def _takes_plain_lora(layer: LoraLinear) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ MLP
 
 
+Kinds = tuple[str, tuple[Weight, ...], tuple[float, ...]]
+
+
 class _GatedMLP(torch.autograd.Function):
-    """down(act(gate(x)) · up(x)), each product with its own LoRA. Weights are frozen; `kinds` holds the activation and the three scales."""
+    """down(act(gate(x)) · up(x)), each product with its own LoRA; `kinds` holds the activation, the three frozen weights and the three scales."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, kinds: tuple[str, float, float, float], *weights: Tensor | None) -> Tensor:
-        w_gate, a_gate, b_gate, w_up, a_up, b_up, w_down, a_down, b_down = weights
-        assert w_gate is not None
-        assert w_up is not None
-        assert w_down is not None
+    def forward(context: Any, x: Tensor, kinds: Kinds, *adapters: Tensor | None) -> Tensor:
+        a_gate, b_gate, a_up, b_up, a_down, b_down = adapters
         rows = x.reshape(-1, x.shape[-1])
-        name, s_gate, s_up, s_down = kinds
+        name, (w_gate, w_up, w_down), (s_gate, s_up, s_down) = kinds
         gate, low_gate = _lora_forward(rows, w_gate, a_gate, b_gate, s_gate)
         up, low_up = _lora_forward(rows, w_up, a_up, b_up, s_up)
         inner = _act(name, gate).mul_(up)
         output, low_down = _lora_forward(inner, w_down, a_down, b_down, s_down)
-        context.save_for_backward(rows, gate, up, low_gate, low_up, low_down, *weights)
+        context.save_for_backward(rows, gate, up, low_gate, low_up, low_down, *adapters)
         context.kinds, context.shape = kinds, x.shape
         return output.view(x.shape)
 
     @staticmethod
     def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate, up, low_gate, low_up, low_down, *weights = context.saved_tensors
-        w_gate, a_gate, b_gate, w_up, a_up, b_up, w_down, a_down, b_down = weights
-        name, s_gate, s_up, s_down = context.kinds
+        rows, gate, up, low_gate, low_up, low_down, *adapters = context.saved_tensors
+        a_gate, b_gate, a_up, b_up, a_down, b_down = adapters
+        name, (w_gate, w_up, w_down), (s_gate, s_up, s_down) = context.kinds
         above = outputs[0].reshape(-1, outputs[0].shape[-1])
         active = _act(name, gate)
         inner = active * up if a_down is not None else active
@@ -223,7 +242,7 @@ class _GatedMLP(torch.autograd.Function):
         of_x, of_a_gate, of_b_gate = _lora_backward(of_gate, rows, w_gate, a_gate, b_gate, low_gate, s_gate, context.needs_input_grad[0])
         other, of_a_up, of_b_up = _lora_backward(of_up, rows, w_up, a_up, b_up, low_up, s_up, context.needs_input_grad[0])
         of_x = None if of_x is None or other is None else of_x.add_(other).view(context.shape)
-        return of_x, None, None, of_a_gate, of_b_gate, None, of_a_up, of_b_up, None, of_a_down, of_b_down
+        return of_x, None, of_a_gate, of_b_gate, of_a_up, of_b_up, of_a_down, of_b_down
 
 
 def _act(name: str, x: Tensor) -> Tensor:
@@ -251,9 +270,8 @@ class FusedMLP(nn.Module):
         plain = [part for part in parts if part is not None and part[1] is None]
         if len(plain) < 3:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        kinds = (self.activation, *(part[4] for part in plain))
-        weights = (tensor for part in plain for tensor in (part[0], part[2], part[3]))
-        return _GatedMLP.apply(x, kinds, *weights)
+        kinds = (self.activation, tuple(part[0] for part in plain), tuple(part[4] for part in plain))
+        return _GatedMLP.apply(x, kinds, *(tensor for part in plain for tensor in part[2:4]))
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:

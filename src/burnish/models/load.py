@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,20 @@ def find_model(name: str, tell: Tell = silent) -> str:
 
 def load_chat(model: ModelSection, tell: Tell = silent) -> Chat:
     """The tokenizer with the recipe's template."""
-    folder = find_model(model.name, tell)
+    folder = Path(find_model(model.name, tell))
+    states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir() if file.suffix != ".safetensors")
+    return make_chat(_tokenizer(model.name, folder, tuple(states)), model.chat_template)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(name: str, folder: Path, states: tuple[tuple[str, int, int], ...]) -> Any:
+    """A tokenizer, read once for each state of its folder: with 262,144 words that takes seconds."""
     try:
         with quiet():
-            inside = {} if (Path(folder) / "tokenizer_config.json").exists() else _gguf(Path(folder))
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **inside)
+            inside = {} if (folder / "tokenizer_config.json").exists() else _gguf(folder)
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **inside)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:
-        raise ModelError(f"{model.name}: the tokenizer cannot be read: {str(problem)[:300]}") from problem
-    return make_chat(tokenizer, model.chat_template)
+        raise ModelError(f"{name}: the tokenizer cannot be read: {str(problem)[:300]}") from problem
 
 
 def load_model(model: ModelSection, tell: Tell = silent) -> Any:
@@ -68,7 +74,7 @@ def load_base(recipe: Recipe, tell: Tell = silent, *, quantizer: str | None = No
     if recipe.training.method != "qlora":
         return load_model(recipe.model, tell)
     folder = Path(find_model(recipe.model.name, tell))
-    name = quantizer or quantizer_for(recipe)
+    name = quantizer or choose_quantizer(resolve_device(recipe.model.device), folder)
     if name == "gguf" and not any(folder.glob("*.gguf")):
         raise ModelError(f"{recipe.model.name}: trained on the weights of a .gguf file, and there is none in {folder}")
     tell("4-bit base", 0, 0, QUANTIZERS[name].title)
@@ -123,6 +129,12 @@ def base_state(recipe: Recipe) -> str:
     """What an answer or a training rests on: the base's weights, and for `qlora` what holds them in 4 bits."""
     weights, quantizer = weights_hash(recipe.model.name), quantizer_for(recipe)
     return weights if quantizer is None else hash_of(weights, quantizer)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The type of a model folder's weights: what a merged model is written in."""
+    named = getattr(_config(folder), "dtype", None) or "bfloat16"
+    return str(named).removeprefix("torch.")
 
 
 def weights_hash(name: str) -> str:
@@ -208,8 +220,8 @@ def _gguf(folder: Path, *, wanted: bool = False) -> dict[str, str]:
     """{"gguf_file": NAME} where the folder's weights are a .gguf file (`wanted`: also where safetensors lie beside it), else {}."""
     if not wanted and any(folder.glob("*.safetensors")):
         return {}
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    return {"gguf_file": files[0]} if files else {}
+    files = sorted(folder.glob("*.gguf"))
+    return {"gguf_file": files[0].name} if files else {}
 
 
 def _checked_gguf(path: Path) -> Path:

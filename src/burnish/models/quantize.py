@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,19 @@ def _torchao_dequantized(module: Any) -> Tensor:
     return module.weight.get_original_weight().float()
 
 
+def _as_it_is(linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def _plain_matrix(module: Any) -> Tensor:
+    return module.weight.float()
+
+
 QUANTIZERS: dict[str, Quantizer] = {
     "bitsandbytes": Quantizer("nf4 by bitsandbytes, 4.13 bits a weight", _bitsandbytes_linear, _bitsandbytes_dequantized),
     "torchao": Quantizer("nf4 by torchao, 4.13 bits a weight", _torchao_linear, _torchao_dequantized),
     # Nothing to convert: the file is quantised already, and the layers hold what it stands for.
-    "gguf": Quantizer("GGUF blocks of the file, held de-quantised", lambda linear: linear, lambda module: module.weight.float()),  # type: ignore[union-attr, operator]
+    "gguf": Quantizer("GGUF blocks of the file, held de-quantised", _as_it_is, _plain_matrix),
 }
 
 
@@ -99,6 +108,7 @@ def choose_quantizer(device: str, folder: Path | None = None) -> str:
     )
 
 
+@cache
 def why_not(name: str, device: str) -> str | None:
     """None where the quantizer is installed and a small layer on this device computes, forward and backward, what its bits stand for."""
     linear = nn.Linear(2 * BLOCK, BLOCK, bias=False, device=device)

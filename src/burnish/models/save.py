@@ -55,18 +55,20 @@ def load_trained(recipe: Recipe, folder: Path, tell: Tell = silent) -> Any:
     return load_adapter(load_base(recipe, tell, quantizer=manifest.get("quantizer")), folder, manifest["base_sha256"])
 
 
-def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool = False) -> Any:
+def load_adapter(model: Any, folder: Path, base_sha256: str, *, trainable: bool = False, any_base: bool = False) -> Any:
     """Put saved weights on their base, after `verify_adapter`: an adapter, or whole weights (then the given model is only their measure).
 
-    In evaluation mode; with `trainable` the adapter's weights want gradients. Raises ModelError where the folder holds none that fits.
+    In evaluation mode; with `trainable` the adapter's weights want gradients; `any_base` takes the same weights in more or fewer bits than they were trained on.
+    Raises ModelError where the folder holds none that fits.
     """
     if not (folder / "adapter_config.json").exists() and not is_whole(folder):
         raise ModelError(f"{folder}: no adapter there; run `burnish train` first")
     manifest = verify_adapter(folder, base_sha256)
     if is_whole(folder):
-        section = ModelSection(name=str(folder), dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))  # type: ignore[arg-type]
+        device = "mps" if model.device.type == "mps" else str(model.device)
+        section = ModelSection.model_validate({"name": str(folder), "dtype": str(model.dtype).removeprefix("torch."), "device": device})
         return read_weights(folder, section)
-    if manifest.get("quantizer") != quantizer_of(model):
+    if manifest.get("quantizer") != quantizer_of(model) and not any_base:
         raise ModelError(
             f"{folder}: trained on a base held as {manifest.get('quantized', 'it is, in 16 or 32 bits')}, not on "
             f"{quantizer_facts(model).get('quantized', 'the unquantised base')}: its answers would not be those that were measured"

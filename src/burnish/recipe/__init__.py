@@ -32,6 +32,7 @@ from burnish.recipe.knobs import (
     TrainingSection,
 )
 from burnish.recipe.names import PEERS_NAMES
+from burnish.recipe.stages import stage_content, stage_recipes
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,9 +69,12 @@ def build_recipe(
         _apply_override(merged, override)
         _anchor_paths(merged, Path.cwd())
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as problem:
         raise RecipeError(f"{origin}: the recipe is not valid", _problems(problem, origin, lines or {})) from None
+    if problems := _stage_problems(recipe, origin):
+        raise RecipeError(f"{origin}: the recipe is not valid", problems)
+    return recipe
 
 
 def leaves(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,8 +108,15 @@ def schema() -> dict[str, Any]:
     return result
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+def parse_value(text: str) -> Any:
+    """A value as it would stand in a recipe: `1e-5` is a number, `[4, 8]` a list. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def dump_recipe(recipe: Recipe, *, short: bool = False) -> str:
+    """The recipe as YAML; `short`: only what differs from the defaults."""
+    content = recipe.model_dump(mode="json", exclude_defaults=True) if short else recipe.to_dict()
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
 
 def differences(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -198,8 +209,11 @@ def _note_lines(node: Any, prefix: str, lines: dict[str, int], problems: list[Pr
 
 
 def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
-    data = content.get("data")
-    holders: list[tuple[dict[str, Any], str]] = []
+    for stage in content["stages"] if isinstance(content.get("stages"), list) else ():
+        if isinstance(stage, dict):
+            _anchor_paths(stage, folder)
+    data, gate = content.get("data"), content.get("gate")
+    holders: list[tuple[dict[str, Any], str]] = [(gate, "data")] if isinstance(gate, dict) else []
     if isinstance(data, dict):
         holders += [(data, key) for key in ("train", "validation", "test")]
     elif isinstance(data, str):
@@ -233,7 +247,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise RecipeError(f"--set {override}: expected KEY=VALUE, for example --set training.learning_rate=2e-4")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_value(text)
     except yaml.YAMLError as problem:
         raise RecipeError(f"--set {override}: the value is not valid YAML") from problem
     *parents, last = key.strip().split(".")
@@ -255,6 +269,17 @@ def _did_you_mean(key: str) -> str:
     by_last = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(key, known, 1, 0.75) or [by_last[n] for n in difflib.get_close_matches(last, list(by_last), 1, 0.6)]
     return f"; did you mean `{near[0]}`?" if near else "; `burnish recipe explain` lists every key"
+
+
+def _stage_problems(recipe: Recipe, origin: str) -> list[Problem]:
+    """What is wrong with the recipes that the stages make, all at once."""
+    problems: list[Problem] = []
+    for stage in recipe.stages or ():
+        try:
+            Recipe.model_validate(stage_content(recipe, stage))
+        except ValidationError as problem:
+            problems += _problems(problem, f"{origin} stages.{stage.name}", {})
+    return problems
 
 
 def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> list[Problem]:
@@ -293,5 +318,5 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
 
 __all__ = [
     "MAX_LEAVES", "PEERS_NAMES", "Auto", "DataSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe",
-    "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "leaves", "load_recipe", "schema",
+    "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "leaves", "load_recipe", "parse_value", "schema", "stage_recipes",
 ]  # fmt: skip

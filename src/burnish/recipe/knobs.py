@@ -33,7 +33,8 @@ class ModelSection(_Section):
 
 class DataSection(_Section):
     train: str = Field(
-        min_length=1, description="rows to learn from: .jsonl, .csv, .parquet (extra), hub:ID (extra), or `demo:home-assistant/en`"
+        min_length=1,
+        description="rows to learn from: .jsonl, .csv, .parquet (extra), hub:ID (extra), or `demo:home-assistant/en`; for plain text a .txt, a .md, or a folder",
     )
     validation: str | None = Field(None, description="rows to choose on (prompt form, shots, checkpoint); none: split off `train`")
     test: str | None = Field(None, description="rows for the verdict, read at the end; none: split off `train`")
@@ -87,7 +88,7 @@ class TrainingSection(_Section):
     )
     layers: str | list[Annotated[int, Field(ge=0)]] = Field(
         "all",
-        description="which decoder layers are trained, with any method: `all`, `last-8`, `first-4`, a list of numbers, or a regex over module names",
+        description="which decoder layers are trained, with any method: `all`, `last-8`, `first-4`, a list of numbers, or a regex found in module names",
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
         "auto", description="peak; `auto`: found by a short range test on training rows, written into the run"
@@ -163,7 +164,7 @@ class EngineSection(_Section):
 class GateSection(_Section):
     measure: Literal["validation_loss", "validation_score", "retention_loss"] = Field(
         "validation_loss",
-        description="of this stage's rows, of the last stage's rows (`retention_loss`: of training.replay_data or the gate's own data)",
+        description="`validation_loss`, `validation_score` (the task's metric): on this stage's validation rows · `retention_loss`: on rows of `data`, or on a held-back share of training.replay_data",
     )
     data: str | None = Field(None, description="rows on which `retention_loss` is measured; none: the stage's training.replay_data")
     max_increase: float | None = Field(
@@ -171,13 +172,24 @@ class GateSection(_Section):
     )
     min_gain: float | None = Field(None, description="what the stage must bring at least: nats for a loss, a fraction for a score")
 
+    @model_validator(mode="after")
+    def _asks_something(self) -> GateSection:
+        if self.max_increase is None and self.min_gain is None:
+            raise ValueError("a gate asks for `max_increase` or `min_gain`: give one, or leave the gate out")
+        if self.max_increase is not None and self.measure == "validation_score":
+            raise ValueError("`max_increase` is about a loss; for `validation_score` give `min_gain` (a negative one allows a fall)")
+        if self.data is not None and self.measure != "retention_loss":
+            raise ValueError("`data` of a gate are rows for `measure: retention_loss`")
+        return self
+
 
 class StageSection(_Section):
     """One stage of a chain: what it changes of the recipe, and the gate after it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="the stage's folder is RUN/stages/NAME")
-    data: dict[str, Any] = Field(
-        default_factory=dict, description="keys of `data` that differ in this stage; a text is short for {train: TEXT}"
+    data: Annotated[dict[str, Any], _from_scalar("train")] = Field(
+        default_factory=dict,
+        description="keys of `data` that differ in this stage; a text is short for {train: TEXT}. With rows of its own, what belongs to a file (columns, splits, row counts) starts from its default",
     )
     training: dict[str, Any] = Field(default_factory=dict, description="keys of `training` that differ in this stage")
     lora: dict[str, Any] = Field(default_factory=dict, description="keys of `lora` that differ in this stage")
@@ -239,6 +251,7 @@ class Recipe(_Section):
         if data.validation is None and data.test is None and data.validation_fraction + data.test_fraction >= 0.9:
             raise ValueError("data.validation_fraction + data.test_fraction leave too little to train on")
         self._against_forgetting()
+        self._chained()
         return self
 
     def _against_forgetting(self) -> None:
@@ -260,6 +273,31 @@ class Recipe(_Section):
                 "training.kl_weight compares with the base model, which is the model without its adapter; training.method full has none. "
                 "Choose lora, rslora, dora or qlora, or set kl_weight: 0"
             )
+
+    def _chained(self) -> None:
+        names = [stage.name for stage in self.stages or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages: a name is given twice ({', '.join(names)}); each stage has a folder of its own")
+        for stage in self.stages or ():
+            replay = stage.training.get("replay_data", self.training.replay_data)
+            if stage.gate is not None and stage.gate.measure == "retention_loss" and stage.gate.data is None and replay is None:
+                raise ValueError(f"stages.{stage.name}.gate: retention_loss needs rows: give the gate `data`, or training.replay_data")
+
+    @model_validator(mode="after")
+    def _plain_text(self) -> Recipe:
+        """`training.objective: text` and what does not go with it."""
+        if (self.data.format == "text") != (self.training.objective == "text") and self.data.format != "auto":
+            raise ValueError(
+                f"data.format: {self.data.format} does not go with training.objective: {self.training.objective}; plain text is `text` in both"
+            )
+        if self.training.objective != "text":
+            return self
+        given = [key for key in ("prompt_column", "completion_column", "context_column", "system") if getattr(self.data, key)]
+        if given or self.data.train.startswith("demo:"):
+            raise ValueError(f"data.{(given or ['train'])[0]} is about questions and answers and does not go with training.objective: text")
+        if self.task.metric not in ("auto", "bits_per_byte"):
+            raise ValueError("task.metric judges answers; plain text is judged by bits_per_byte: leave it out")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from burnish.report.gather import gather
 from burnish.report.page import render
+from burnish.report.sweep import sweep_report
 from burnish.run import Run
 
-__all__ = ["report"]
+__all__ = ["report", "sweep_report"]
 
 
 def report(run: Run) -> Path:

@@ -55,7 +55,7 @@ def scores_figure(candidates: list[dict[str, Any]], subject: str | None, *, perc
     _scale(axes, len(rows), ticks, [f"{100 * tick:.0f} %" if percent else f"{tick:.3g}" for tick in ticks])
     _draw_rows(axes, rows, width)
     label = "Scores with intervals. " + "; ".join(f"{row['title']}: {row['text']} ({row['detail']})" for row in rows)
-    return _svg(figure, f"scores-{width}", label)
+    return svg(figure, f"scores-{width}", label)
 
 
 def differences_figure(comparisons: list[dict[str, Any]], titles: dict[str, str], *, percent: bool, detectable: Any, width: int) -> Markup:
@@ -82,14 +82,14 @@ def differences_figure(comparisons: list[dict[str, Any]], titles: dict[str, str]
     axes.vlines([0] * len(rows), *_tracks(len(rows)), color=MUTED, linewidth=1, zorder=1)
     _draw_rows(axes, rows, width)
     label = "Differences with intervals. " + "; ".join(f"{row['title']}: {row['text']} ({row['detail']})" for row in rows)
-    return _svg(figure, f"differences-{width}", label)
+    return svg(figure, f"differences-{width}", label)
 
 
 def training_figure(training: dict[str, Any], *, width: int) -> Markup:
     """Loss per step (thin: measured, thick: smoothed), validation losses, the best one ringed; below, the rate."""
     steps, checks, best = training["steps"], training["validations"], training["summary"]["best_step"]
     height = 360 if width > NARROW else 300
-    figure = _figure(width, height)
+    figure = blank(width, height)
     left, right = 44 / width, (width - 2 * _MARGIN - 44) / width
     axes = figure.add_axes([left, 112 / height, right, (height - 132) / height])
     below = figure.add_axes([left, 34 / height, right, 50 / height], sharex=axes)
@@ -107,21 +107,21 @@ def training_figure(training: dict[str, Any], *, width: int) -> Markup:
             _mark_best(axes, best, line["validation_loss"])
             break
     axes.set_ylim(bottom=0)
-    _dress(axes, "loss, nats per token")
-    _dress(below, "learning rate")
+    dress(axes, "loss, nats per token")
+    dress(below, "learning rate")
     below.set_ylim(bottom=0)
     below.locator_params(axis="y", nbins=2)
     below.ticklabel_format(axis="y", style="plain")
     below.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e−").replace("-", "−") if value else "0")
     below.set_xlabel("step", color=MUTED, fontsize=11, loc="right", labelpad=1)
     axes.tick_params(labelbottom=False)
-    return _svg(figure, f"training-{width}", "Training loss per step, validation losses, and the learning rate")
+    return svg(figure, f"training-{width}", "Training loss per step, validation losses, and the learning rate")
 
 
 # -------------------------------------------------------------------------------------------------------------- inside
 
 
-def _figure(width: int, height: int) -> Any:
+def blank(width: int, height: int) -> Any:
     from matplotlib.figure import Figure  # slow to import, and only these functions need it
 
     return Figure(figsize=(width / 72, height / 72), facecolor="none")  # 72 units per inch: one SVG unit is one pixel
@@ -129,7 +129,7 @@ def _figure(width: int, height: int) -> Any:
 
 def _row_axes(count: int, width: int, low: float, high: float) -> tuple[Any, Any]:
     height = count * _ROW_HEIGHT + 26
-    figure = _figure(width, height)
+    figure = blank(width, height)
     axes = figure.add_axes([_MARGIN / width, 26 / height, (width - 2 * _MARGIN) / width, 1 - 26 / height])
     axes.set_xlim(low, high)
     axes.set_ylim(count - 0.5, -0.5)
@@ -201,7 +201,7 @@ def _mark_best(axes: Any, step: float, value: float) -> None:
                   color=ACCENT, fontsize=12, va="center")  # fmt: skip
 
 
-def _dress(axes: Any, title: str) -> None:
+def dress(axes: Any, title: str) -> None:
     axes.patch.set_visible(False)
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
@@ -212,7 +212,7 @@ def _dress(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", color=MUTED, fontsize=11, pad=6)
 
 
-def _svg(figure: Any, name: str, label: str) -> Markup:
+def svg(figure: Any, name: str, label: str) -> Markup:
     """The figure as an <svg> element: ids unique in the page, colours as CSS variables, a text for screen readers."""
     import matplotlib
 

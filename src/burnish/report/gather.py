@@ -27,6 +27,8 @@ _COMPARISON = {
     "left_out": None,
     "batch_size": None,
     "detectable_difference": None,
+    "unit": None,
+    "lower_is_better": False,
     "verdict": None,
     "sentence": None,
     "best_baseline": None,
@@ -104,6 +106,7 @@ def gather(run: Run) -> dict[str, Any]:
             "comparisons": pairs,
             "fields": comparison.get("fields") or None,
             "training": _training(run),
+            "stages": _stages(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),
@@ -141,7 +144,9 @@ def _optional(run: Run, path: Path, keys: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _is_fraction(comparison: dict[str, Any]) -> bool:
-    """Whether the metric lies between 0 and 1 (and is shown in per cent); somebody's own rubric may not."""
+    """Whether the metric lies between 0 and 1 (and is shown in per cent); somebody's own rubric may not, and a metric with a unit is not."""
+    if comparison["unit"] is not None:
+        return False
     values = [row["score"] for row in comparison["candidates"]]
     values += [value for row in comparison["rows_detail"] for value in row["scores"].values()]
     return all(0 <= value <= 1 for value in values if is_number(value))
@@ -175,7 +180,14 @@ def _training(run: Run) -> dict[str, Any] | None:
             {key: line.get(key) for key in ("step", "loss", "smoothed_loss", "learning_rate")} for line in _thinned(_smoothed(steps))
         ],
         "validations": [{key: line[key] for key in ("step", "validation_loss")} for line in checks],
+        "range_test": _optional(run, run.rate_file, {"learning_rate": None, "reason": None, "examples": None, "points": []}),
     }
+
+
+def _stages(run: Run) -> dict[str, Any] | None:
+    """What each stage of a chain brought. The hashes by which a chain finds what it has measured say nothing to a reader."""
+    content = _optional(run, run.stages_file, {"rows": {}, "states": [], "stages": [], "stopped_at": None})
+    return None if content is None else {key: value for key, value in content.items() if key != "measured"}
 
 
 def _smoothed(steps: list[dict[str, Any]], keep: float = 0.9) -> list[dict[str, Any]]:
@@ -203,7 +215,7 @@ def _rows(comparison: dict[str, Any], subject: str | None, against: str | None, 
     ties = 0
     if subject and against:
         for row in rows:
-            difference = _value(row, subject) - _value(row, against)
+            difference = (_value(row, subject) - _value(row, against)) * (-1 if comparison["lower_is_better"] else 1)
             if difference == 0:
                 ties += 1
             else:

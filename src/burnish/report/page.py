@@ -10,6 +10,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from burnish.report import texts
+from burnish.report.chain import rate_figure, stages_figure
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
 
 LONG_TEXT, LONGEST_TEXT = 400, 20_000  # characters: folded from here, cut from there
@@ -32,7 +33,12 @@ _FILTERS = (
 
 def render(facts: dict[str, Any]) -> str:
     """The whole page, with style and charts inside."""
-    environment = Environment(
+    return environment().get_template("report.html.jinja").render(**facts, view=_view(facts))
+
+
+def environment() -> Environment:
+    """Jinja with everything escaped, and our filters."""
+    made = Environment(
         loader=FunctionLoader(_template),
         autoescape=True,
         undefined=StrictUndefined,
@@ -40,8 +46,8 @@ def render(facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({function.__name__: function for function in _FILTERS})
-    environment.globals.update(
+    made.filters.update({function.__name__: function for function in _FILTERS})
+    made.globals.update(
         marked=texts.marked,
         LONG=LONG_TEXT,
         LONGEST=LONGEST_TEXT,
@@ -49,7 +55,7 @@ def render(facts: dict[str, Any]) -> str:
         FIRST_CARDS=FIRST_CARDS,
         PROMPT_FORMS=PROMPT_FORMS,
     )
-    return environment.get_template("report.html.jinja").render(**facts, view=_view(facts))
+    return made
 
 
 def _template(name: str) -> str:
@@ -103,6 +109,10 @@ def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
             "training": training_figure(facts["training"], width=width)
             if facts["training"] and (facts["training"]["steps"] or facts["training"]["validations"])
             else None,
+            "rate": rate_figure(facts["training"]["range_test"], width=width)
+            if facts["training"] and facts["training"]["range_test"] and facts["training"]["range_test"]["points"]
+            else None,
+            "stages": stages_figure(facts["stages"], width=width) if facts["stages"] and facts["stages"]["states"] else None,
         }
         for name, chart in drawn.items():
             if chart is not None:

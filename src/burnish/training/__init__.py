@@ -16,24 +16,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from burnish.errors import BurnishError, Stopped, TrainingError
-from burnish.models import METHODS, Chat, load_base, quantizer_facts, tokenizer_hash, trainable_parameters, trained_hash, weights_hash
+from burnish.models import Chat, quantizer_facts, tokens_of, trainable_parameters, trained_hash, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of, recover_folder
 from burnish.training import distributed
 from burnish.training.checkpoint import Checkpoints, State, publish, save_adapter, weights_digest
-from burnish.training.engine import make_ready
 from burnish.training.fingerprint import fingerprint_of
 from burnish.training.interrupt import asked_to_stop
-from burnish.training.items import Items, make_items, with_references
+from burnish.training.items import make_items, with_references
 from burnish.training.loop import run_loop
-from burnish.training.memory import Plan, plan_memory
 from burnish.training.metrics import Metrics
-from burnish.training.mix import epoch_indices, replayed_per_epoch
 from burnish.training.objective import Objective, make_objective
-from burnish.training.pack import epoch_order
-from burnish.training.progress import Batching, Hooks, Progress, planned_steps
+from burnish.training.progress import Batching, Hooks, Progress
 from burnish.training.proof import prove
+from burnish.training.rate import RangeTest, range_test
+from burnish.training.ready import equip, order_of, rows_of, start_state, tokens_key
 from burnish.training.recovery import peak_memory_bytes
+from burnish.training.stages import (
+    BASE,
+    MEASURED_ROWS,
+    Start,
+    adopt,
+    carries_on,
+    drawn,
+    judge_gate,
+    load_state,
+    measure_losses,
+    start_model,
+)
+from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, read_trials, sweep
+from burnish.training.trial import trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
@@ -44,29 +56,32 @@ def train(
     chat: Chat,
     tell: Tell = silent,
     *,
+    begin: Start = BASE,
     allow_change: Sequence[str] = (),
     note: Callable[..., None] = lambda **_: None,
 ) -> dict[str, Any]:
     """Train and keep the best checkpoint; go on where an earlier call was cut off. Returns the summary that is also in training/summary.json.
 
-    `allow_change` names conditions (recipe keys, `versions`) that may differ from those of the checkpoints. `note` keeps facts with the step's
+    `begin`: the recipe's base model with a fresh adapter, or what a stage before left. `allow_change` names conditions (recipe keys, `versions`) that may differ from those of the checkpoints. `note` keeps facts with the step's
     status. Raises TrainingError, RecipeError where the checkpoints are of another training, or Stopped after a signal, with everything saved.
     """
     began = time.monotonic()
     distributed.join()
-    objective = make_objective(recipe.training)
+    objective = make_objective(recipe)
     here = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": distributed.local_device(recipe.model.device)})})
-    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=_tokens_key(recipe, dataset, chat), tell=tell)
-    rows = len(items.train) + replayed_per_epoch(len(items.train), len(items.replay), recipe.training.replay_fraction)
-    model = METHODS[recipe.training.method](load_base(here, tell), recipe)
+    key = tokens_key(recipe, dataset, chat)
+    items = make_items(objective, chat, dataset, folder=run.tokens_folder, key=key, tell=tell)
+    rows = rows_of(items, recipe)
+    model = start_model(here, begin, tell)
     base_sha256 = weights_hash(recipe.model.name)
     facts = {"base_model": recipe.model.name, "base_sha256": base_sha256, "method": recipe.training.method, "seed": recipe.seed}
-    some = [tokens for index in range(min(100, len(items.train))) for tokens in objective.sequences(items.train[index])]
-    objective.paths = make_ready(model, some, recipe, steps=planned_steps(rows, recipe.training), tell=tell)
-    plan = _plan(model, objective, items, recipe, tell)
-    state = hash_of(base_sha256, recipe.model.dtype, recipe.training.method)
+    plan = equip(model, objective, items, recipe, cache=(run.frozen_folder, hash_of(base_sha256, key)), tell=tell)
+    initial = weights_digest(list(trainable_parameters(model).values()))
+    state = start_state(model, recipe)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
-    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256, world_size=distributed.size())
+    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size()) | (
+        {"start": begin.sha256} if begin.sha256 else {}
+    )
     writes = distributed.rank() == 0
     event = _quietly(run.event) if writes else _ignore
     store = Checkpoints(run.checkpoints_folder, fingerprint, event=event, allowed=allow_change, tell=tell) if writes else None
@@ -89,7 +104,8 @@ def train(
             event=event,
             stop=stop,
         )
-        batching = Batching(at_once=plan.at_once, order=_order(objective, items, recipe))
+        at_once = int(start.progress["at_once"]) if start is not None else plan.at_once
+        batching = Batching(at_once=at_once, order=order_of(objective, items, recipe))
         before = time.monotonic() - began
         try:
             progress = run_loop(
@@ -110,10 +126,15 @@ def train(
     seconds = before + progress.elapsed + time.monotonic() - proved_from
     summary = _summary(recipe, progress, model, manifest, rows=rows, seconds=seconds)
     summary |= {
+        "loss_unit": objective.unit,
+        "replay_rows": len(dataset.replay),
         "replayed_per_epoch": rows - len(items.train),
         "gradient_checkpointing": plan.checkpointing,
         "kept_bytes_per_token": plan.kept_bytes_per_token,
     }
+    if (cache := objective.paths.cache) is not None:
+        summary["frozen_layers_cached"] = cache.depth
+        cache.close()
     run.write_json(run.training_file, summary)
     return summary
 
@@ -128,13 +149,17 @@ def dismiss() -> None:
     distributed.join(work=False)
 
 
+def several_processes() -> bool:
+    return distributed.asked_size() > 1
+
+
 def forget_checkpoints(run: Run) -> None:
     """Once a training is done, nothing goes on from its checkpoints."""
     shutil.rmtree(run.checkpoints_folder, ignore_errors=True)
 
 
-def tokenize_all(chat: Chat, examples: Sequence[Example]) -> list[Tokens]:
-    return [tokens for example in examples for tokens in chat.training_tokens(example)]
+def tokenize_all(chat: Chat, examples: Sequence[Example], recipe: Recipe | None = None) -> list[Tokens]:
+    return [tokens for example in examples for tokens in tokens_of(chat, example, recipe)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ inside
@@ -156,34 +181,6 @@ def _begin(
     tell("going on", 0, 0, f"from the checkpoint of step {step}")
     note(resumes=[*state.progress["resumes"], step])
     return state
-
-
-def _tokens_key(recipe: Recipe, dataset: Dataset, chat: Chat) -> str:
-    """What decides the tokens of the rows."""
-    files = [part.get("file_sha256", part.get("sha256")) for name, part in dataset.manifest.get("splits", {}).items() if name != "test"]
-    return hash_of(files, tokenizer_hash(recipe.model.name), chat.template_hash, recipe.training.objective, recipe.data.max_length)
-
-
-def _plan(model: Any, objective: Objective, items: Items, recipe: Recipe, tell: Tell) -> Plan:
-    """How much is computed at once. A checkpoint's own number goes before it."""
-    most = int(recipe.training.micro_batch_size) if objective.paths.packed else 1
-    longest = items.longest(objective, most)
-    sequences = [tokens for item in longest for tokens in objective.sequences(item)]
-    return plan_memory(
-        model, sequences, objective.paths, most=most, per_example=len(sequences) // len(longest), checkpointing=recipe.engine.gradient_checkpointing, tell=tell
-    )  # fmt: skip
-
-
-def _order(objective: Objective, items: Items, recipe: Recipe) -> Callable[[int], Sequence[int]]:
-    settings = recipe.training
-    lengths = items.lengths(objective)
-    batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
-
-    def order(epoch: int) -> list[int]:
-        chosen = epoch_indices(len(items.train), len(items.replay), settings.replay_fraction, seed=recipe.seed, epoch=epoch)
-        return epoch_order(lengths, seed=recipe.seed, epoch=epoch, batch=batch, indices=chosen, buckets=recipe.engine.length_buckets)
-
-    return order
 
 
 def _rewind(metrics: Metrics, progress: Progress, event: Callable[..., None]) -> None:
@@ -209,7 +206,7 @@ def _prove(
     if weights_digest(list(trainable_parameters(model).values())) == progress.initial_digest:
         raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
     return prove(
-        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:2],
+        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:1],
         unchanged=progress.best_step == progress.step,
     )  # fmt: skip
 
@@ -241,6 +238,7 @@ def _summary(recipe: Recipe, progress: Progress, model: Any, manifest: dict[str,
         "base_validation_loss": progress.validation_losses[0][1] if progress.validation_losses else None,
         "best_step": progress.best_step or progress.step,
         "best_validation_loss": progress.best_loss,
+        **{f"best_{name}": value for name, value in progress.best_figures.items()},
         "stopped_early": progress.stopped_early,
         "learning_rate": recipe.training.learning_rate,
         "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
@@ -263,4 +261,8 @@ def _ignore(*_: Any, **__: Any) -> None:
     """What a process does that writes nothing."""
 
 
-__all__ = ["assist", "dismiss", "forget_checkpoints", "tokenize_all", "train"]
+__all__ = [
+    "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
+    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "several_processes", "start_model", "sweep", "tokenize_all",
+    "train", "trial_runner",
+]  # fmt: skip

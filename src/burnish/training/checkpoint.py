@@ -73,7 +73,7 @@ class Checkpoints:
             try:
                 manifest, state = read_checkpoint(path)
                 if best := state.progress.get("best_step"):
-                    verify_adapter(self.best(best), self.fingerprint["base_model.weights"])
+                    verify_adapter(self.best(best), manifest["fingerprint"]["base_model.weights"])  # whether it is ours comes below
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, ModelError) as problem:
                 self._damaged(path, problem)
                 continue

@@ -23,11 +23,18 @@ CHANGEABLE = (
 _LIBRARIES = ("burnish", "torch", "transformers", "tokenizers", "peft")
 
 
-def fingerprint_of(recipe: Recipe, dataset: Dataset, chat: Chat, base_sha256: str, *, world_size: int) -> dict[str, Any]:
-    """Field → value, flat. Values are what JSON gives back."""
+def fingerprint_of(
+    recipe: Recipe, dataset: Dataset, chat: Chat, *, base_sha256: str, initial: str, world_size: int
+) -> dict[str, Any]:  # fmt: skip
+    """Field → value, flat; values are what JSON gives back. `initial`: digest of the trained weights before the first step."""
     parts = recipe.to_dict()
     values: dict[str, Any] = {f"data.{name}": part.get("file_sha256", part.get("sha256")) for name, part in _read(dataset).items()}
-    values |= {"base_model.weights": base_sha256, "tokenizer": tokenizer_hash(recipe.model.name), "template": chat.template_hash}
+    values |= {
+        "base_model.weights": base_sha256,
+        "initial_weights": initial,
+        "tokenizer": tokenizer_hash(recipe.model.name),
+        "template": chat.template_hash,
+    }
     values |= {f"{section}.{key}": value for section in ("lora", "training", "engine") for key, value in parts[section].items()}
     values |= {"seed": recipe.seed, "model.dtype": recipe.model.dtype, "model.device": recipe.model.device, "world_size": world_size}
     values |= {f"versions.{name}": _version(name) for name in _LIBRARIES}
@@ -39,7 +46,11 @@ def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any], *, allo
     """The fields that differ and may, as [old, new]. Raises RecipeError listing every field that differs and may not."""
     changed = {key: [old.get(key), new.get(key)] for key in sorted({**old, **new}) if old.get(key) != new.get(key)}
     problems = []
+    # The same seed gives other first weights in another type or version: the difference that was allowed says it already.
+    drawn_anew = any(key in ("model.dtype", "model.device") or key.startswith("versions.") for key in changed)
     for key, (before, now) in changed.items():
+        if key == "initial_weights" and drawn_anew:
+            continue
         if key in _PLACES or (is_allowed(key, CHANGEABLE) and is_allowed(key, allowed)):
             continue
         do = (

@@ -12,7 +12,7 @@ from burnish.models import Chat
 from burnish.training import distributed
 from burnish.training.objective import Objective
 from burnish.training.preference import Preference, with_reference
-from burnish.training.store import stored
+from burnish.training.store import TokenStore, stored
 from burnish.types import Dataset, Example, Tell, silent
 
 
@@ -79,6 +79,10 @@ def make_items(
         return [item for item, _ in pairs], [number for _, number in pairs]
 
     train, replay, validation = made(dataset.train, "train"), made(dataset.replay, "replay"), made(dataset.validation, "validation")
+    offset = 0
+    for store in (train[0], replay[0], validation[0]):
+        if isinstance(store, TokenStore):
+            store.offset, offset = offset, offset + int(store.lengths.sum())
     return Items(train[0], replay[0], validation[0], dataset, (train[1], replay[1]))
 
 

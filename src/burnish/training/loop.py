@@ -131,7 +131,7 @@ def _step(work: Work) -> None:
     position = (progress.epoch, progress.place)
     indices = items_at(work, *position)
     rate = learning_rate_at(progress.step, progress.planned_steps, settings)
-    loss, norm, count, tokens = math.nan, math.nan, 0, 0.0
+    loss, norm, count, tokens, targets = math.nan, math.nan, 0, 0.0, 0.0
     figures: dict[str, float] = {}
     avoided = position in progress.avoid
     if not avoided:
@@ -139,7 +139,8 @@ def _step(work: Work) -> None:
         loss, count, figures = _gradients(work, items)
         gradients = take_gradients(work.parameters, work.masters)
         norm = norm_of(gradients)
-        (tokens,) = distributed.total(sum(work.objective.length(item) for item in items))
+        rows = [sequence for item in items for sequence in work.objective.sequences(item)]
+        tokens, targets = distributed.total(sum(len(r.input_ids) for r in rows), sum(r.target_tokens for r in rows))
     finite = math.isfinite(loss) and math.isfinite(norm)
     progress.step += 1
     progress.place += work.batch
@@ -159,11 +160,11 @@ def _step(work: Work) -> None:
             )
     progress.seconds += time.perf_counter() - started
     progress.tokens += int(tokens)
-    progress.target_tokens += count
+    progress.target_tokens += int(targets)
     progress.examples += len(indices)
     distributed.beat(step=True)
     row = _row(progress, len(work.epoch[1]), loss=loss if finite else None, rate=rate, norm=norm if finite else None)
-    hooks.log({**row, **{name: round(value, 6) for name, value in figures.items()}})
+    hooks.log({**row, **{name: round(value, 6) if finite else None for name, value in figures.items()}})
     if len(progress.not_finite) >= SKIPS_IN_A_ROW:
         raise Diverged(f"the loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, up to step {progress.step}")
     left = (progress.planned_steps - progress.step) * progress.seconds / progress.step
@@ -175,7 +176,6 @@ def _step(work: Work) -> None:
 def _gradients(work: Work, items: Sequence[Any]) -> tuple[float, int, dict[str, float]]:
     """(mean loss, count, other figures) of the step; gradients are in the parameters. Where memory ends, the step is done again in smaller parts."""
     (count,) = distributed.total(work.objective.count(items))
-    figures_of: Callable[[], dict[str, float]] = getattr(work.objective, "figures", dict)
     while True:
         seed_step(work.seed, work.progress.step)
         loss, full = 0.0, ""
@@ -186,12 +186,18 @@ def _gradients(work: Work, items: Sequence[Any]) -> tuple[float, int, dict[str, 
                 raise
             full = str(problem)[:200] or type(problem).__name__
         loss, anywhere = distributed.total(loss, float(bool(full)))
-        figures = figures_of()
+        figures = _figures(work, count)  # of an attempt that failed, too: they are read once
         if not anywhere:
-            names = distributed.share(sorted(figures))
-            sums = distributed.total(*(figures.get(name, 0.0) for name in names)) if names else []
-            return loss, int(count), {name: value / count for name, value in zip(names, sums, strict=True)}
+            return loss, int(count), figures
         split_smaller(work, items, full)
+
+
+def _figures(work: Work, count: float) -> dict[str, float]:
+    """What the objective saw since it was last asked, over all processes: means of `count`."""
+    figures = work.objective.figures()
+    names = distributed.share(sorted(figures))
+    sums = distributed.total(*(figures.get(name, 0.0) for name in names)) if names else []
+    return {name: value / count for name, value in zip(names, sums, strict=True)}
 
 
 def _validate_if_due(work: Work) -> None:
@@ -204,7 +210,9 @@ def _validate_if_due(work: Work) -> None:
     try:
         loss = _mean_loss_in_memory(work, lambda: alone and work.hooks.stop() is not None)
     except _GivenUp:
+        work.objective.figures()  # of a part of the rows: nobody's
         return  # it is still due: whoever goes on begins with it
+    figures = {f"validation_{name}": round(value, 6) for name, value in _figures(work, work.objective.count(work.validation)).items()}
     if not math.isfinite(loss):
         raise Diverged(f"the validation loss after step {progress.step} is not finite")
     progress.validation_losses.append((progress.step, loss))
@@ -212,11 +220,12 @@ def _validate_if_due(work: Work) -> None:
     if progress.loss_count:
         row["training_loss"] = round(progress.loss_sum / progress.loss_count, 6)
     progress.loss_sum, progress.loss_count = 0.0, 0
-    work.hooks.log(row)
+    work.hooks.log({**row, **figures})
     if progress.step == 0:
         return  # the base's own loss: where the curve begins, not a checkpoint
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.validations_without_gain = loss, progress.step, 0
+        progress.best_figures = figures
         keep_best(work)
         return
     progress.validations_without_gain += 1
@@ -232,6 +241,7 @@ def _mean_loss_in_memory(work: Work, give_up: Callable[[], bool]) -> float:
             if not is_out_of_memory(problem) or distributed.size() > 1:
                 raise
             full = str(problem)[:200]
+        work.objective.figures()
         split_smaller(work, work.validation, full)
 
 

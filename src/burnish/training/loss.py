@@ -48,6 +48,8 @@ def plain_head(model: Any, batch: Batch) -> tuple[Tensor, float | None] | None:
 def target_rows(model: Any, batch: Batch) -> Tensor:
     """(N, D) last hidden rows of the places whose next token is a target."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if batch.cache is not None:
+        return batch.cache.last_hidden(causal.base_model, batch)[batch.predictors]
     return causal.base_model(**batch.model_arguments()).last_hidden_state[0][batch.predictors]
 
 

@@ -24,6 +24,7 @@ from burnish.types import Tell, Tokens, silent
 _SHARE_OF_FREE = 0.7
 # While a layer is on its way back, its gradients and what it makes again stand beside what was kept.
 _TRANSIENT_LAYERS = 3.0
+_DRY_TOKENS = 256
 _HEAD_BYTES = 64 << 20  # the head's blocks (training/loss.py)
 _TRAINED_BYTES = 20  # of one trained weight: master, its gradient and AdamW's two in float32, its gradient in the compute type
 
@@ -49,10 +50,12 @@ def plan_memory(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * _TRAINED_BYTES
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
     lengths = [len(tokens.input_ids) for tokens in sequences]
-    plain = kept = kept_bytes_per_token(model, sequences[0], paths)
+    # By segments nothing kept grows faster than the row: its beginning tells as much. A dense mask needs the whole row.
+    row = sequences[0] if not paths.by_segment else _beginning(sequences[0])
+    plain = kept = kept_bytes_per_token(model, row, paths)
     on = checkpointing is True and switch_checkpointing(model)
     if on:
-        kept = kept_bytes_per_token(model, sequences[0], paths)
+        kept = kept_bytes_per_token(model, row, paths)
 
     def needed(at_once: int) -> int:
         return int(trained + _HEAD_BYTES + sum(lengths[: at_once * per_example]) * (kept + _TRANSIENT_LAYERS * plain / layers))
@@ -67,6 +70,14 @@ def plan_memory(
     if at_once < most:
         tell("memory", 0, 0, f"{at_once} examples at once instead of {most}, as memory asks for; a step stays what it is")
     return Plan(at_once, on, round(kept, 1), needed(at_once), free)
+
+
+def _beginning(tokens: Tokens) -> Tokens:
+    return (
+        tokens
+        if len(tokens.input_ids) <= _DRY_TOKENS
+        else Tokens(tokens.input_ids[:_DRY_TOKENS], [*tokens.labels[: _DRY_TOKENS - 1], tokens.input_ids[_DRY_TOKENS - 1]])
+    )
 
 
 def kept_bytes_per_token(model: Any, tokens: Tokens, paths: Paths) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from burnish.models import Chat
-from burnish.recipe import TrainingSection
+from burnish.recipe import Recipe
 from burnish.training.divergence import held_losses
 from burnish.training.loss import summed_loss
 from burnish.training.pack import Paths, flatten
@@ -80,6 +80,20 @@ class Supervised:
         return {}
 
 
+class PlainText(Supervised):
+    """Cross-entropy of every token of a document but the first (continued pre-training); replayed rows keep their answers as targets."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+
+    def items(self, chat: Chat, example: Example) -> list[Tokens]:
+        return (
+            chat.text_tokens(example.reference, self.max_length)
+            if example.metadata.get("kind") == "text"
+            else chat.training_tokens(example)
+        )
+
+
 class KeepClose:
     """Another objective of tokens, held near the base model: its gradient gets kl_weight · KL(base ‖ tuned) on the target rows.
 
@@ -89,10 +103,18 @@ class KeepClose:
 
     def __init__(self, inner: Objective, kl_weight: float) -> None:
         self.inner, self.kl_weight = inner, kl_weight
-        self.unit, self.paths, self.tokens_only = inner.unit, inner.paths, inner.tokens_only
+        self.unit, self.tokens_only = inner.unit, inner.tokens_only
         self.items, self.sequences, self.length = inner.items, inner.sequences, inner.length
         self.count, self.summed = inner.count, inner.summed
         self._kl: float | None = None
+
+    @property
+    def paths(self) -> Paths:
+        return self.inner.paths
+
+    @paths.setter
+    def paths(self, paths: Paths) -> None:
+        self.inner.paths = paths  # it measures with them, too
 
     def backward(self, model: Any, items: Sequence[Any], denominator: int) -> float:
         batch = flatten([tokens for item in items for tokens in self.sequences(item)], self.paths).to(model.device)
@@ -106,14 +128,16 @@ class KeepClose:
         return self.inner.figures() | ({} if kl is None else {"kl": kl})
 
 
-OBJECTIVES: dict[str, Callable[[TrainingSection], Objective]] = {
-    "supervised": lambda settings: Supervised(),
-    "preference": lambda settings: Preference(settings.preference_beta),
+OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
+    "supervised": lambda recipe: Supervised(),
+    "text": lambda recipe: PlainText(recipe.data.max_length),
+    "preference": lambda recipe: Preference(recipe.training.preference_beta),
 }
 
 
-def make_objective(settings: TrainingSection, paths: Paths | None = None) -> Objective:
+def make_objective(recipe: Recipe, paths: Paths | None = None) -> Objective:
     """What `training.objective` names, held near the base model where `training.kl_weight` says so."""
-    objective = OBJECTIVES[settings.objective](settings)
+    settings = recipe.training
+    objective = OBJECTIVES[settings.objective](recipe)
     objective.paths = paths or Paths()
     return KeepClose(objective, settings.kl_weight) if settings.kl_weight else objective

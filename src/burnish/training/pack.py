@@ -13,15 +13,19 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from burnish.models import IGNORED, Segment
 from burnish.types import Tokens
+
+if TYPE_CHECKING:
+    from burnish.training.frozen import FrozenCache
 
 # Sharing fewer tokens than this saves less than another segment costs.
 _LEAST_SHARED = 16
@@ -35,6 +39,7 @@ class Paths:
     share: bool = False  # common beginnings are computed once; needs by_segment
     blocked: bool = True  # the head in blocks of the vocabulary
     packed: bool = True  # False: the model lets packed sequences see each other, so each is computed alone
+    cache: FrozenCache | None = field(default=None, compare=False)  # of what frozen lower layers make of the rows
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Batch:
     owners: Tensor
     segments: tuple[Segment, ...] | None = None
     blocked: bool = True
+    cache: FrozenCache | None = None
+    numbers: np.ndarray[Any, Any] | None = None  # (T,) of each token among all of the training, where there is a cache
+    copies: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = (
+        None  # (M,) numbers and (M,) places: a shared token has several numbers
+    )
 
     def to(self, device: torch.device | str) -> Batch:
         names = ("input_ids", "position_ids", "predictors", "targets", "owners")
@@ -97,8 +107,18 @@ def flatten(sequences: Sequence[Tokens], paths: Paths = Paths()) -> Batch:
     tensor = torch.tensor
     return Batch(
         tensor([row.ids]), tensor([row.positions]), tensor(predictors), tensor(targets), tensor(owners),
-        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked,
+        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked, cache=paths.cache, **_numbers(sequences, places, paths),
     )  # fmt: skip
+
+
+def _numbers(sequences: Sequence[Tokens], places: list[list[int]], paths: Paths) -> dict[str, Any]:
+    if paths.cache is None or any(tokens.number is None for tokens in sequences):
+        return {}
+    numbers = np.concatenate([np.arange(len(t.input_ids)) + (t.number or 0) for t in sequences])
+    rows = np.concatenate([np.asarray(mine) for mine in places])
+    one_each = np.empty(rows.max() + 1, dtype=np.int64)
+    one_each[rows] = numbers
+    return {"numbers": one_each, "copies": (numbers, rows)}
 
 
 @dataclass(slots=True)

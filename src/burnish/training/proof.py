@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from burnish.errors import TrainingError
@@ -52,17 +52,19 @@ def weights_entry(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _put_on(model: Any, folder: Path) -> None:
+    """The saved tensors onto the model, an adapter's through PEFT's own reader. Raises TrainingError where a trained one is missing or unlike."""
     saved = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    parameters = trainable_parameters(model)
-    # PEFT leaves the adapter's name out of what it saves: `…lora_A.default.weight` is `…lora_A.weight` on the disk.
-    places = {name.replace(".default", ""): parameter for name, parameter in parameters.items()}
-    missing = sorted(places.keys() - saved.keys())
-    if missing:
+    trained = trainable_parameters(model)
+    try:
+        if hasattr(model, "peft_config"):
+            result = set_peft_model_state_dict(model, saved)
+        else:
+            result = model.load_state_dict(saved, strict=False)
+    except (RuntimeError, KeyError, ValueError) as problem:
         raise TrainingError(
-            f"{folder}: {len(missing)} of {len(places)} trained tensors are not in it ({missing[0]}). Nothing was published"
+            f"{folder}: it does not fit the model it was saved from: {str(problem)[:300]}. Nothing was published"
+        ) from problem
+    if wrong := sorted({*result.unexpected_keys, *(trained.keys() & set(result.missing_keys))}):
+        raise TrainingError(
+            f"{folder}: {len(wrong)} of {len(trained)} trained tensors are not in it, or have another name ({wrong[0]}). Nothing was published"
         )
-    with torch.no_grad():
-        for name, parameter in places.items():
-            if saved[name].shape != parameter.shape:
-                raise TrainingError(f"{folder}: {name} has the shape {list(saved[name].shape)}, the model {list(parameter.shape)}")
-            parameter.copy_(saved[name])

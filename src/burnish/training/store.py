@@ -27,6 +27,7 @@ class TokenStore(Sequence[Tokens]):
     """Sequences on disk. `lengths` and `rows` are arrays; a sequence is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self.offset = 0  # of its tokens' numbers, where several stores are counted through
         parts = {name: np.memmap(folder / f"{name}.bin", dtype=kind, mode="r") for name, kind in _FILES.items()}
         self._ids, self._labels, self._bounds, self.rows = parts["ids"], parts["labels"], parts["bounds"], parts["rows"]
         self.lengths = np.diff(self._bounds)
@@ -44,7 +45,7 @@ class TokenStore(Sequence[Tokens]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         start, stop = self._bounds[index % len(self)], self._bounds[index % len(self) + 1]
-        return Tokens(self._ids[start:stop].tolist(), self._labels[start:stop].tolist())
+        return Tokens(self._ids[start:stop].tolist(), self._labels[start:stop].tolist(), self.offset + int(start))
 
 
 def stored(

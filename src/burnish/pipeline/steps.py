@@ -1,19 +1,7 @@
-"""The whole story, the doors called in order. Read this first.
-
-    data      collect the rows, check them, split them                                        prepare
-    evaluate  measure what needs no training: base model, fixed examples, retrieved ones      baselines
-    train     fine-tune; keep the checkpoint with the best validation loss                    train
-    evaluate  the fine-tuned model answers the same test rows                                 evaluate
-    compare   scores with intervals, paired tests, one verdict                                compare
-    report    one HTML page and one JSON file                                                 report
-
-Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
-so a run that was cut off goes on where it stopped.
-"""
+"""The steps of one run: each reads from the run's folder, writes into it, and is not done again where it ended well on the same inputs."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -24,73 +12,61 @@ from typing import Any
 from burnish import data as data_room
 from burnish import evaluation, report, training
 from burnish.data import REPLAY, SPLITS, Checked, Loaded
-from burnish.errors import DataError
+from burnish.errors import DataError, RecipeError
 from burnish.evaluation import CANDIDATES
 from burnish.models import (
-    LEARNING_RATES,
     Chat,
+    Merged,
     base_state,
     context_window,
     load_chat,
+    merge_adapter,
     resolve_device,
     resolve_dtype,
     tokenizer_hash,
+    tokens_of,
     trained_hash,
     verify_adapter,
     weights_hash,
 )
-from burnish.recipe import Recipe, build_recipe, load_recipe
+from burnish.recipe import Recipe
 from burnish.run import Run, hash_file, hash_of
 from burnish.tasks import Task, detect_task, find_metric, task_for
+from burnish.training import BASE, Start
 from burnish.types import Dataset, Tell, silent
 
 EXAMPLES_AT_ONCE = 8  # what training.micro_batch_size: auto begins with
-DEMO = {
-    "name": "demo",
-    "model": "gemma-3-270m",
-    "data": {"train": "demo:home-assistant/en", "train_rows": 1600, "validation_rows": 64, "test_rows": 150},
-    "training": {"epochs": 1, "micro_batch_size": 16, "validations_per_epoch": 4},
-}
-
-
-def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, tell: Tell = silent) -> Run:
-    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError."""
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    with Run.working(folder or Path("runs") / recipe.name, recipe, fresh=fresh) as job:
-        job.note(versions=versions(), machine=machine())
-        chat = load_chat(recipe.model, tell)
-        dataset = prepare(job, chat=chat, tell=tell)
-        evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
-        if any(CANDIDATES[name].trained for name in recipe.evaluation.candidates):
-            train(job, dataset=dataset, chat=chat, tell=tell)
-            evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
-        compare(job, tell=tell)
-        write_report(job, tell=tell)
-    return job
+PROBE_ROWS = 8  # on which a merged model must answer as base and adapter do
 
 
 def check(recipe: Recipe, *, tell: Tell = silent) -> tuple[Loaded, dict[str, Checked], Chat]:
     """Read and check the rows with the recipe's own tokenizer and template. Writes nothing."""
     loaded = data_room.load(recipe)  # first: a missing file should not wait for a model
     chat = load_chat(recipe.model, tell)
-    return loaded, _checked(loaded, recipe, chat, tell), chat
+    return loaded, checked_rows(loaded, recipe, chat, tell), chat
 
 
-def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Dataset:
-    """Three JSONL files, a manifest, and the recipe with every `auto` resolved."""
+def prepare(job: Run, *, chat: Chat | None = None, apart: Dataset | None = None, tell: Tell = silent) -> Dataset:
+    """Three JSONL files, a manifest, and the recipe with every `auto` resolved. `apart`: of the run that this one is a stage of."""
+    return prepare_once(job, chat=chat, apart=apart, tell=tell) or dataset_of(job)
+
+
+def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = None, tell: Tell = silent) -> Dataset | None:
+    """Prepare where it is not done yet. None: what is on the disk holds, and nothing of it was read."""
     recipe = job.recipe_as_asked()
-    asked = hash_of(recipe.to_dict(), _tokens_state(recipe))
+    others = [] if apart is None else [apart.manifest["splits"][split]["sha256"] for split in ("test", "validation")]
+    asked = hash_of(recipe.to_dict(), _tokens_state(recipe), *others)
     inputs = hash_of(asked, [_fingerprint(name) for name in _data_files(recipe)])
     if job.step_done("prepare", inputs):
-        return dataset_of(job)
+        return None
     if gone := _gone(job, recipe, asked):
         tell("source gone", 0, 0, f"{gone} is no longer there; the run goes on with its own copy of the rows")
-        return dataset_of(job)
+        return None
     tell("reading the rows", 0, 0, recipe.data.train)
     with job.step("prepare", inputs) as entry:
         loaded = data_room.load(recipe)
         chat = chat or load_chat(recipe.model, tell)
-        dataset = data_room.prepare(loaded, _checked(loaded, recipe, chat, tell), recipe)
+        dataset = data_room.prepare(loaded, checked_rows(loaded, recipe, chat, tell), recipe, apart=apart)
         resolved = job.resolve(_resolved_values(recipe, dataset, chat))
         for split in dataset.manifest["splits"]:
             job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
@@ -103,6 +79,9 @@ def prepare(job: Run, *, chat: Chat | None = None, tell: Tell = silent) -> Datas
     tell("prepared", 0, 0, counts + removed)
     if resolved.training.objective != "preference" and any(example.rejected is not None for example in dataset.train):
         tell("rejected answers", 0, 0, "not used: the chosen ones are trained. training.objective: preference trains on both")
+    if resolved.training.objective == "text":
+        tell("what is measured", 0, 0, f"bits per byte of {len(dataset.test)} test documents, before and after")
+        return dataset
     metric = find_metric(resolved.task.metric)
     shown = evaluation.detectable(len(dataset.test), resolved, metric)
     points = "no difference at all; get more test rows" if shown is None else f"differences of about {100 * shown:.0f} points or more"
@@ -127,30 +106,32 @@ def evaluate(
     dataset, recipe = dataset or dataset_of(job), job.recipe()
     names = [name for name in recipe.evaluation.candidates if CANDIDATES[name].trained == trained]
     adapter = job.read_json(job.training_file)["adapter_sha256"] if trained else None
-    inputs = hash_of(names, recipe.to_dict(), _splits(dataset), base_state(recipe), _tokens_state(recipe), adapter)
+    measured = evaluation.on_tuned_base(job, recipe) if trained else recipe
+    inputs = hash_of(names, _measured_by(recipe), _splits(dataset), base_state(measured), _tokens_state(recipe), adapter)
     step = "evaluate" if trained else "baselines"
-    if not names or (job.step_done(step, inputs) and all(evaluation.is_answered(job, name, dataset.test) for name in names)):
+    plain = recipe.training.objective == "text"
+    answered = evaluation.is_measured if plain else evaluation.is_answered
+    if not names or (job.step_done(step, inputs) and all(answered(job, name, dataset.test) for name in names)):
         return
-    if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(recipe.model.name))):
+    if trained and adapter != trained_hash(verify_adapter(job.adapter_folder, weights_hash(measured.model.name))):
         raise DataError(f"{job.adapter_folder} is not the adapter that {job.training_file} tells of: run `burnish train` again")
     with job.step(step, inputs):
-        evaluation.evaluate(
-            job, dataset, recipe, chat or load_chat(recipe.model, tell), task_of(recipe, dataset), trained=trained, tell=tell
-        )
+        chat = chat or load_chat(recipe.model, tell)
+        if plain:
+            evaluation.measure_text(job, dataset, recipe, chat, trained=trained, tell=tell)
+        else:
+            evaluation.evaluate(job, dataset, recipe, chat, task_of(recipe, dataset), trained=trained, tell=tell)
 
 
-def train(
-    job: Run, *, dataset: Dataset | None = None, chat: Chat | None = None, allow_change: Sequence[str] = (), tell: Tell = silent
+def train_once(
+    job: Run, *, dataset: Dataset, chat: Chat, start: Start = BASE, allow_change: Sequence[str] = (), tell: Tell = silent
 ) -> dict[str, Any]:
-    """Fine-tune; the best checkpoint becomes the run's adapter. Returns the summary. A training that was cut off goes on.
+    """Fine-tune from the base model, or from what a stage before left; the best checkpoint becomes the run's adapter. Returns the summary.
 
-    `allow_change`: conditions (recipe keys, `versions`) that may differ from those under which it began.
+    A training that was cut off goes on. `allow_change`: conditions (recipe keys, `versions`) that may differ from those under which it began.
     """
-    dataset, recipe = dataset or dataset_of(job), job.recipe()
-    parts = recipe.to_dict()
-    settings = {key: parts[key] for key in ("seed", "model", "lora", "training", "engine")}
-    read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
-    inputs = hash_of(settings, _splits(dataset, read), base_state(recipe), _tokens_state(recipe))
+    recipe = with_rate(job, dataset, chat, start=start, tell=tell)
+    inputs = _training_inputs(recipe, dataset, start)
     if job.step_done("train", inputs) and job.adapter_folder.exists():
         training.dismiss()
         training.forget_checkpoints(job)
@@ -162,9 +143,42 @@ def train(
         def note(**values: Any) -> None:
             job.amend("train", entry, **values)
 
-        summary = training.train(job, dataset, recipe, chat or load_chat(recipe.model, tell), tell, allow_change=allow_change, note=note)
+        summary = training.train(job, dataset, on_base(recipe, start), chat, tell, begin=start, allow_change=allow_change, note=note)
     training.forget_checkpoints(job)
     return summary
+
+
+def with_rate(job: Run, dataset: Dataset, chat: Chat, *, start: Start = BASE, tell: Tell = silent) -> Recipe:
+    """The resolved recipe; `learning_rate: auto` becomes a number here, on the disk before the first step, and stays that number while rows,
+    weights and recipe stay the same."""
+    asked, recipe = job.recipe_as_asked(), job.recipe()
+    if asked.training.learning_rate != "auto":
+        return recipe
+    unresolved = recipe.model_copy(update={"training": recipe.training.model_copy(update={"learning_rate": "auto"})})
+    key = _training_inputs(unresolved, dataset, start)
+    found = job.read_json(job.rate_file) if job.rate_file.exists() else {}
+    if found.get("key") != key:
+        found = {"key": key, **training.range_test(job, dataset, on_base(unresolved, start), chat, start=start, tell=tell).to_dict()}
+        job.write_json(job.rate_file, found)
+        tell("learning rate", 0, 0, f"{found['learning_rate']}: {found['reason']}")
+    if recipe.training.learning_rate == found["learning_rate"]:
+        return recipe
+    return job.resolve({"training.learning_rate": found["learning_rate"]}, further=True)
+
+
+def on_base(recipe: Recipe, start: Start) -> Recipe:
+    """The recipe with the weights that a training begins with in the place of its base model."""
+    if start.base is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": start.base})})
+
+
+def _training_inputs(recipe: Recipe, dataset: Dataset, start: Start) -> str:
+    parts = recipe.to_dict()
+    settings = {key: parts[key] for key in ("seed", "model", "lora", "training", "engine")}
+    begin = [start.sha256] if start.sha256 else []
+    read = [split for split in dataset.manifest["splits"] if split != "test"]  # replayed rows, too, where there are any
+    return hash_of(settings, _splits(dataset, read), base_state(recipe), _tokens_state(recipe), *begin)
 
 
 def assist(folder: str | Path) -> None:
@@ -186,9 +200,26 @@ def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
             )
     tell("comparing", 0, 0, f"{len(dataset.test)} test rows")
     with job.step("compare", hash_of(_splits(dataset))):
-        content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
+        if recipe.training.objective == "text":
+            content = evaluation.compare_text(job, recipe, dataset.test)
+        else:
+            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
         job.write_json(job.comparison_file, content)
     return content
+
+
+def merge(job: Run, output: Path, *, tell: Tell = silent) -> Merged:
+    """The run's adapter and its base as one model in `output`, proved on validation rows to answer as the two do. Raises ModelError."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise RecipeError(f"{output} exists already; choose another place with --output")
+    if not job.training_file.exists():
+        raise DataError(f"{job.path}: nothing is trained yet: run `burnish train` first")
+    dataset, recipe = dataset_of(job), evaluation.on_tuned_base(job, job.recipe())
+    chat = load_chat(recipe.model, tell)
+    rows = dataset.validation or dataset.train
+    probe = [tokens.input_ids for example in rows[:PROBE_ROWS] for tokens in tokens_of(chat, example, recipe)]
+    job.event("merge_started", output=str(output))
+    return merge_adapter(recipe, job.adapter_folder, chat, output, probe, tell)
 
 
 def write_report(job: Run, *, tell: Tell = silent) -> Path:
@@ -199,17 +230,23 @@ def write_report(job: Run, *, tell: Tell = silent) -> Path:
 
 def dataset_of(job: Run) -> Dataset:
     """What `prepare` wrote. Raises DataError where a file was changed since: its rows would no longer be those of the manifest."""
+    return rows_of(job)
+
+
+def rows_of(job: Run, *, without: Sequence[str] = ()) -> Dataset:
+    """As `dataset_of`; the splits `without` stay empty and their files unread."""
     manifest = job.read_json(job.manifest_file)
     changed = [
         split
         for split in manifest["splits"]
-        if not job.split_file(split).exists() or hash_file(job.split_file(split)) != manifest["splits"][split].get("file_sha256")
+        if split not in without
+        and (not job.split_file(split).exists() or hash_file(job.split_file(split)) != manifest["splits"][split].get("file_sha256"))
     ]
     if changed:
         names = ", ".join(str(job.split_file(split)) for split in changed)
         raise DataError(f"{names}: changed since `burnish prepare` wrote it. Change the source data instead and run with --fresh")
-    parts = {split: tuple(data_room.read_split(job.split_file(split))) for split in manifest["splits"]}
-    return Dataset(parts["train"], parts["validation"], parts["test"], manifest, parts.get(REPLAY, ()))
+    parts = {split: () if split in without else data_room.read_split(job.split_file(split)) for split in manifest["splits"]}
+    return Dataset(parts["train"], tuple(parts["validation"]), tuple(parts["test"]), manifest, parts.get(REPLAY, ()))
 
 
 def task_of(recipe: Recipe, dataset: Dataset) -> Task:
@@ -219,12 +256,6 @@ def task_of(recipe: Recipe, dataset: Dataset) -> Task:
     if recipe.task.metric in ("auto", detected.metric):
         return detected
     return task_for(recipe.task.metric, references)
-
-
-def demo_recipe(language: str = "en") -> Recipe:
-    content = json.loads(json.dumps(DEMO))
-    content["data"]["train"] = f"demo:home-assistant/{language}"
-    return build_recipe(content)
 
 
 def versions() -> dict[str, str]:
@@ -245,7 +276,7 @@ def machine() -> dict[str, Any]:
     return {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "memory_gb": round(pages / 1e9, 1)}
 
 
-def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str, Checked]:
+def checked_rows(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str, Checked]:
     window = context_window(recipe.model.name)
     if window is not None and window < recipe.data.max_length:
         tell(
@@ -255,29 +286,41 @@ def _checked(loaded: Loaded, recipe: Recipe, chat: Chat, tell: Tell) -> dict[str
             f"{recipe.model.name} reads {window} tokens at once: longer rows count as over-long, whatever data.max_length says",
         )
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": window})})
-    return data_room.check(loaded, recipe, tokenize=chat.training_tokens, find_control=chat.find_control, tell=tell)
+    return data_room.check(
+        loaded, recipe, tokenize=lambda example: tokens_of(chat, example, recipe), find_control=chat.find_control, tell=tell
+    )
 
 
 def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[str, Any]:
     """What each `auto` becomes, from the rows, the tokenizer and the machine."""
     device = resolve_device(recipe.model.device)
     longest = dataset.manifest["token_lengths"]["train"].get("target_max", 256)
-    task = task_of(recipe, dataset)
-    find_metric(task.metric)  # a metric of the user's own that does not load should not wait for the training
-    values: dict[str, Any] = {
-        "model.device": device,
-        "model.dtype": resolve_dtype(recipe.model.dtype, device),
-        "task.metric": task.metric,
-    }
+    values: dict[str, Any] = {"model.device": device, "model.dtype": resolve_dtype(recipe.model.dtype, device)}
+    if recipe.training.objective == "text":
+        longest = 256  # nothing is answered
+        candidates = [name for name in recipe.evaluation.candidates if name in evaluation.TEXT_CANDIDATES]
+        window = context_window(recipe.model.name) or recipe.data.max_length
+        values |= {
+            "task.metric": evaluation.BITS_PER_BYTE,
+            "evaluation.candidates": candidates or ["base"],
+            "data.max_length": min(window, recipe.data.max_length),
+        }
+    else:
+        values["task.metric"] = task_of(recipe, dataset).metric
+        find_metric(values["task.metric"])  # a metric of the user's own that does not load should not wait for the training
     if recipe.model.chat_template == "auto" and chat.template_name != "own":
         values["model.chat_template"] = chat.template_name
-    if recipe.training.learning_rate == "auto":
-        values["training.learning_rate"] = LEARNING_RATES[recipe.training.method]
     if recipe.training.micro_batch_size == "auto":
         values["training.micro_batch_size"] = EXAMPLES_AT_ONCE
     if recipe.evaluation.max_new_tokens == "auto":
         values["evaluation.max_new_tokens"] = int(1.25 * longest) + 8
     return values
+
+
+def _measured_by(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that decide what a candidate answers, given its weights: a rate found later must not measure the baselines again."""
+    parts = recipe.to_dict()
+    return {key: parts[key] for key in ("seed", "model", "data", "task", "evaluation")}
 
 
 def _splits(dataset: Dataset, names: Sequence[str] = SPLITS) -> list[str]:
@@ -303,12 +346,11 @@ def _data_files(recipe: Recipe) -> list[str | None]:
 
 def _fingerprint(name: str | None) -> str:
     path = Path(name) if name else None
+    if path is not None and path.is_dir():
+        return hash_of([[str(file.relative_to(path)), hash_file(file)] for file in sorted(path.rglob("*")) if file.is_file()])
     if name and name.startswith("demo:"):
         return f"{name} {_version('home-assistant-intents')} {_version('hassil')}"
     try:
         return hash_file(path) if path is not None and path.is_file() else str(name)
     except OSError as problem:
         raise DataError(f"{name}: cannot be read: {problem.strerror or problem}") from problem
-
-
-__all__ = ["check", "compare", "dataset_of", "demo_recipe", "evaluate", "prepare", "run_recipe", "train", "write_report"]

@@ -1,0 +1,64 @@
+"""The whole story, the doors called in order. Read this first.
+
+    data      collect the rows, check them, split them                                        prepare
+    evaluate  measure what needs no training: base model, fixed examples, retrieved ones      baselines
+    train     fine-tune; keep the checkpoint with the best validation loss                    train
+    evaluate  the fine-tuned model answers the same test rows                                 evaluate
+    compare   scores with intervals, paired tests, one verdict                                compare
+    report    one HTML page and one JSON file                                                 report
+
+Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
+so a run that was cut off goes on where it stopped.
+
+    steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from burnish.evaluation import CANDIDATES
+from burnish.models import load_chat
+from burnish.pipeline.chain import train
+from burnish.pipeline.search import sweep
+from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
+from burnish.recipe import Recipe, build_recipe, load_recipe
+from burnish.run import Run
+from burnish.training import Aim, read_trials
+from burnish.types import Tell, silent
+
+DEMO = {
+    "name": "demo",
+    "model": "gemma-3-270m",
+    "data": {"train": "demo:home-assistant/en", "train_rows": 1600, "validation_rows": 64, "test_rows": 150},
+    "training": {"epochs": 1, "micro_batch_size": 16, "validations_per_epoch": 4, "learning_rate": 1e-3},
+}
+
+
+def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, tell: Tell = silent) -> Run:
+    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError."""
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    with Run.working(folder or Path("runs") / recipe.name, recipe, fresh=fresh) as job:
+        job.note(versions=versions(), machine=machine())
+        chat = load_chat(recipe.model, tell)
+        dataset = prepare(job, chat=chat, tell=tell)
+        evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
+        if any(CANDIDATES[name].trained for name in recipe.evaluation.candidates):
+            train(job, dataset=dataset, chat=chat, tell=tell)
+            evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
+        compare(job, tell=tell)
+        write_report(job, tell=tell)
+    return job
+
+
+def demo_recipe(language: str = "en") -> Recipe:
+    content = json.loads(json.dumps(DEMO))
+    content["data"]["train"] = f"demo:home-assistant/{language}"
+    return build_recipe(content)
+
+
+__all__ = [
+    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "run_recipe", "sweep", "task_of", "train",
+    "versions", "write_report",
+]  # fmt: skip
