@@ -77,6 +77,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--peer-steps", type=int, default=6, help="of the others, plain case; the first is not timed")
     parser.add_argument("--prefix-steps", type=int, default=4, help="of everyone in the case with the long prompt; the first is not timed")
+    parser.add_argument(
+        "--order", choices=("buckets", "shuffled"), default="buckets",
+        help="everyone's batches: like lengths together, which spares the padded peers their padding, or as shuffled (another --work for it)",
+    )  # fmt: skip
     parser.add_argument("--cap", type=float, default=900, help="seconds after which a peer stops at the end of its step")
     parser.add_argument("--held-out-rows", type=int, default=64, help="on which adapters are measured after training; 0: none")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of Burnish's recipe")
@@ -92,11 +96,16 @@ def arguments() -> argparse.Namespace:
 
 def make_case(name: str, asked: argparse.Namespace) -> Path:
     """The case's file, made in a process of its own: this one stays small, since a child's peak memory begins with its parent's."""
-    file = asked.work / "cases" / name / "case.json"
+    file = case_file(name, asked)
     if not (asked.resume and file.exists()):
         command = [sys.executable, str(HERE / "speed" / "cases.py"), name, "--data", str(asked.data), "--folder", str(file.parent)]
+        command += ["--shuffled"] if asked.order == "shuffled" else []
         subprocess.run(command, check=True, env=environment(BURNISH))
     return file
+
+
+def case_file(name: str, asked: argparse.Namespace) -> Path:
+    return Path(asked.work) / "cases" / name / "case.json"
 
 
 def find_pythons(asked: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str]]:
@@ -121,14 +130,14 @@ def make_order(name: str, case: str, number: int, *, asked: argparse.Namespace, 
     )  # fmt: skip
 
 
-def take_turn(order: Order, case_file: Path, asked: argparse.Namespace) -> Outcome:
+def take_turn(order: Order, file: Path, asked: argparse.Namespace) -> Outcome:
     kept = order.folder / "outcome.json"
     if asked.resume and kept.exists():
         outcome = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         if outcome.problem is None and len(outcome.steps) >= 2:
             return outcome
     print(f"round {order.round} · {order.case} · {CONTESTANTS[order.contestant].title}, {order.steps} steps ...", flush=True)
-    outcome = run(order, json.loads(case_file.read_text(encoding="utf-8")), case_file)
+    outcome = run(order, json.loads(file.read_text(encoding="utf-8")), file)
     if len(outcome.steps) >= 2:
         speed = f"{rate(outcome, 'tokens'):.1f} tok/s · {rate(outcome, 'examples'):.3f} examples/s"
         print(
@@ -154,7 +163,7 @@ def measure_held_out(case: str, runs: Mapping[tuple[str, str, int], Outcome], py
         return {}
     print(f"{case} · loss of {len(wanted)} adapters on {rows} held-out rows ...", flush=True)
     job_file = asked.work / f"held-out-{case}.json"
-    job = {"case": str(asked.work / "cases" / case / "case.json"), "rows": rows, "adapters": wanted}
+    job = {"case": str(case_file(case, asked)), "rows": rows, "adapters": wanted}
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = [str(pythons["plain"]), str(HERE / "speed" / "held_out.py"), str(job_file)]
     done_process = subprocess.run(command, capture_output=True, text=True, env=environment(REFERENCE))

@@ -35,16 +35,17 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shuffled", action="store_true", help="batches of any lengths together, in place of like lengths")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    recipe_file = write_recipe(asked.case, asked.data, asked.folder)
+    recipe_file = write_recipe(asked.case, asked.data, asked.folder, length_buckets=not asked.shuffled)
     recipe = load_recipe(recipe_file)
     chat = load_chat(recipe.model)
     dataset = pipeline.prepare(Run.create(asked.folder / "prepared", recipe, fresh=True), chat=chat)
     train, held_out = as_rows(chat, dataset.train), as_rows(chat, dataset.validation)
     if (len(train), len(held_out)) != (TRAIN_ROWS, HELD_OUT_ROWS):
         raise SystemExit(f"`prepare` kept {len(train)} and {len(held_out)} rows, expected {TRAIN_ROWS} and {HELD_OUT_ROWS}: other data?")
-    order = epoch_order([len(row["input_ids"]) for row in train], seed=recipe.seed, epoch=0, batch=BATCH)
+    order = epoch_order([len(row["input_ids"]) for row in train], seed=recipe.seed, epoch=0, batch=BATCH, buckets=not asked.shuffled)
     case = {
         "case": asked.case,
         "recipe": str(recipe_file),
@@ -58,7 +59,7 @@ def main() -> None:
     (asked.folder / "case.json").write_text(json.dumps(case), encoding="utf-8")
 
 
-def write_recipe(case: str, data: Path, folder: Path) -> Path:
+def write_recipe(case: str, data: Path, folder: Path, *, length_buckets: bool) -> Path:
     """Three files cut from the head of GSM8K's training rows, and the recipe that a user would write for them."""
     lines = data.read_text(encoding="utf-8").splitlines()
     start = 0
@@ -74,7 +75,7 @@ def write_recipe(case: str, data: Path, folder: Path) -> Path:
             "overlap_ngram": 0,  # all 256 rows, though some of their questions look alike
         },
         "lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
-        "training": TRAINING,
+        "training": TRAINING, "engine": {"length_buckets": length_buckets},
     }  # fmt: skip
     if case == "prefix":
         content["data"]["system"] = SYSTEM_PROMPT.read_text(encoding="utf-8").strip()

@@ -78,5 +78,5 @@ def multiplies_bfloat16() -> bool:
 def default_field() -> list[str]:
     """Burnish, the reference, and each peer's settings that were worth running (README: what was tried)."""
     own = "bf16" if multiplies_bfloat16() else "fp32"
-    kept = ["plain-targets", "trl", "trl-padding-free", "trl-packed", "unsloth", "unsloth-checkpointing"]
+    kept = ["plain-targets", "trl", "trl-padding-free", "trl-packed", "unsloth", "unsloth-checkpointing", "unsloth-compiled"]
     return list(dict.fromkeys([BURNISH, REFERENCE, "plain-all-fp32", *(f"{name}-{own}" for name in kept)]))
