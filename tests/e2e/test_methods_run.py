@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from burnish import pipeline
 from burnish.errors import DataError, RecipeError
-from burnish.models import load_trained
+from burnish.models import load_trained, weights_hash
 from burnish.recipe import Recipe, build_recipe
 from burnish.run import Run
 from conftest import colour_rows
@@ -59,7 +59,7 @@ def test_qlora_tells_its_base_and_is_evaluated_on_it(recipe_for: Callable[..., R
     summary, manifest = job.read_json(job.training_file), job.read_json(job.adapter_folder / "burnish.json")
     for facts in (summary, manifest):
         assert (facts["quantizer"], facts["bits"]) == ("bitsandbytes", 4)
-    assert manifest["base_sha256"] == pipeline.weights_hash(job.recipe().model.name)
+    assert manifest["base_sha256"] == weights_hash(job.recipe().model.name)
     layer = load_trained(job.recipe(), job.adapter_folder).get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert type(layer).__name__ == "Linear4bit"
 

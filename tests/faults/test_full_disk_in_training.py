@@ -24,7 +24,7 @@ def test_one_write_that_fails_is_told_and_tried_again(at: int, whole: Reference,
     assert outcome(run) == (whole.rows, whole.adapter)
 
 
-@pytest.mark.parametrize("at", [25, 60, 100])
+@pytest.mark.parametrize("at", [45, 60, 100])
 def test_a_disk_that_stays_full_keeps_what_is_there(at: int, whole: Reference, tmp_path: Path) -> None:
     """Trained to the end from memory; then the adapter cannot be written. With room again, the same command ends it, exactly."""
     run = whole.copy(tmp_path / "run")

@@ -98,7 +98,7 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).float().cpu()
     with torch.no_grad():
-        twin.weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))  # type: ignore[operator, union-attr]
+        twin.weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
     probe = 3 * torch.randn(4, weight.shape[0], generator=generator)
     for offset in _OFFSETS:
         if _same(twin, FusedNorm(twin.weight, epsilon, offset), probe):  # type: ignore[arg-type]

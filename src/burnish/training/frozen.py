@@ -65,7 +65,7 @@ class FrozenCache:
         self.batch: Batch | None = None
         self.skipping = False
         layers = _layers(self.inner)
-        self.last = layers[depth - 1]
+        self.last: Any = layers[depth - 1]
         for layer in layers[:depth]:
             setattr(layer, "burnish_cache", self)  # noqa: B010 - a module would take it for a child
             layer.__class__ = type(f"Skipping{type(layer).__name__}", (_Skipping, type(layer)), {})
@@ -171,7 +171,8 @@ def make_cache(
             tell("frozen cache", 0, 0, f"not used: {why}")
 
     if not depth or getattr(config, "attention_dropout", False) or (model.device.type != "cpu" and asked == "auto"):
-        return without("no layer at the bottom is frozen, or its attention drops out")
+        without("no layer at the bottom is frozen, or its attention drops out")
+        return None
     layers, tokens = int(config.num_hidden_layers), int(sum(lengths))
     dtype = next(inner.parameters()).dtype
     key = hash_of(key, _boot(), str(dtype), depth, tokens, recipe.to_dict()["engine"])
@@ -183,14 +184,17 @@ def make_cache(
     if asked == "auto" and saved < _LEAST_SAVED:
         return None
     if not holds(folder, key) and size > _SHARE_OF_DISK * free:
-        return without(f"{size / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB")
+        without(f"{size / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB")
+        return None
     try:
         cache = FrozenCache(model, depth, folder, tokens, key)
     except OSError as problem:
         shutil.rmtree(folder, ignore_errors=True)
-        return without(f"the disk has no room ({problem.strerror or problem})")
+        without(f"the disk has no room ({problem.strerror or problem})")
+        return None
     if row is not None and not _gives_the_same(model, cache, row):
         cache.close()
-        return without("this model does not give the same with it")
+        without("this model does not give the same with it")
+        return None
     tell("frozen cache", 0, 0, f"{depth} of {layers} layers are frozen: their output is kept on disk ({size / 1e6:.0f} MB)")
     return cache
