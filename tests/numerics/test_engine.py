@@ -143,7 +143,7 @@ def test_short_beginnings_are_not_shared() -> None:
 def test_attention_by_segments_equals_sdpa_with_a_mask(window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradients against torch's own attention with the rule as a dense mask; query blocks of 16 cut every segment."""
     monkeypatch.setattr(attention, "_QUERY_BLOCK", 16)
-    attention._blocks.cache_clear()
+    attention.blocks_of_row.cache_clear()
     segments = (
         Segment(0, 37, 0),
         Segment(37, 60, 37, (0,)),
@@ -171,7 +171,7 @@ def test_attention_by_segments_equals_sdpa_with_a_mask(window: int | None, dtype
     with torch.no_grad():  # flex attention has no backward on a CPU; its rule is the same
         flex = attention._flex(*(x.detach() for x in wide), segments, window, 0.3).transpose(1, 2)
     torch.testing.assert_close(flex, expected, rtol=1e-5, atol=1e-5)
-    attention._blocks.cache_clear()
+    attention.blocks_of_row.cache_clear()
 
 
 def test_without_segments_the_model_is_as_it_was(tokenizer: Any) -> None:
@@ -194,7 +194,7 @@ def test_the_head_in_blocks_equals_cross_entropy(softcap: float | None, trained_
     hidden, weight = torch.randn(23, 16, requires_grad=True), torch.randn(301, 16, requires_grad=trained_head)
     targets, by_row = torch.randint(0, 301, (23,)), torch.rand(23)
     targets[:3] = torch.tensor([0, 36, 300])  # the edges of blocks
-    losses = loss_module._HeadLoss.apply(hidden, weight, targets, softcap)
+    losses = loss_module._HeadLoss.apply(hidden, weight, targets, softcap, None)
     (losses * by_row).sum().backward()
     found = [hidden.grad.clone(), weight.grad]
     hidden.grad = weight.grad = None
@@ -218,7 +218,7 @@ def test_unlikely_words_are_left_out_within_bounds(least: float, tolerance: floa
     multiplied = []
     real = torch.searchsorted
     monkeypatch.setattr(torch, "searchsorted", lambda chosen, wanted: multiplied.append(len(chosen)) or real(chosen, wanted))
-    loss_module._HeadLoss.apply(hidden, weight, targets, None).sum().backward()
+    loss_module._HeadLoss.apply(hidden, weight, targets, None, None).sum().backward()
     found = hidden.grad.clone()
     hidden.grad = None
     F.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()

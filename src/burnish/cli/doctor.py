@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from burnish.models import resolve_device, resolve_dtype
+from burnish.models import NoKernels, find_kernels, resolve_device, resolve_dtype
 from burnish.models.embedded import EMBEDDED, cache_folder
 from burnish.pipeline import machine, versions
 
@@ -57,6 +57,7 @@ def examine() -> list[Finding]:
             "ok" if rate >= 100 else "slow",
             "" if rate >= 100 else "training will take long here",
         ),
+        _kernels(),
         Finding("threads", str(torch.get_num_threads()), "ok", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"),
     ]
     for extra, (module, purpose) in _EXTRAS.items():
@@ -80,6 +81,14 @@ def examine() -> list[Finding]:
             )
         )
     return findings
+
+
+def _kernels() -> Finding:
+    try:
+        find_kernels()
+    except NoKernels as problem:
+        return Finding("compiled kernels", "none", "slow", f"{problem}; training on a CPU is slower without them")
+    return Finding("compiled kernels", "work", "ok", "")
 
 
 def _products_per_second(device: str, dtype: str) -> float:

@@ -11,6 +11,7 @@ FlashAttention, arXiv 2205.14135). On a GPU, flex attention gets the same rule a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 BY_SEGMENT = "burnish_segments"
 _QUERY_BLOCK = 256  # tokens; scores of 256 queries × 4 heads × 512 keys are 2 MB
 # What an attention may be asked for that the functions below do not do.
-_NOT_DONE = ("softcap", "s_aux", "position_bias", "sinks")
+NOT_DONE = ("softcap", "s_aux", "position_bias", "sinks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,30 @@ def _forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
         )
-    if asked := [name for name in _NOT_DONE if kwargs.get(name) is not None]:
+    if asked := [name for name in NOT_DONE if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention by segments does not do {', '.join(asked)}: set engine.document_attention: false")
     if dropout:
         raise NotImplementedError("attention by segments has no dropout: set engine.document_attention: false")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if _watched is not None:
+        _watched[module] = {**kwargs, "scaling": scale, "sliding_window": sliding_window}
     if query.is_cuda:
         return _flex(query, key, value, segments, sliding_window, scale).transpose(1, 2), None
     return _SegmentAttention.apply(query, key, value, segments, sliding_window, scale), None
+
+
+_watched: dict[Any, dict[str, Any]] | None = None
+
+
+@contextmanager
+def watch_calls() -> Iterator[dict[Any, dict[str, Any]]]:
+    """Keep, for each attention module, what it asked of attention by segments in its last call: `scaling`, `sliding_window` and the rest."""
+    global _watched
+    _watched = {}
+    try:
+        yield _watched
+    finally:
+        _watched = None
 
 
 AttentionInterface.register(BY_SEGMENT, _forward)
@@ -86,7 +103,7 @@ class _SegmentAttention(torch.autograd.Function):
         output = query.new_empty(1, length, heads, size)
         result = output[0].view(length, key_heads, heads // key_heads, size).permute(1, 2, 0, 3)  # the same shape as q
         log_sums = torch.empty(key_heads, heads // key_heads, length, dtype=torch.float32, device=query.device)
-        for block in _blocks(segments, window):
+        for block in blocks_of_row(segments, window):
             queries = q[:, :, block.start : block.stop].reshape(key_heads, -1, size)  # (K, G·B, D)
             scores = torch.bmm(queries, block.of(k).transpose(1, 2)).float().mul_(scale)  # (K, G·B, S)
             block.hide(scores)
@@ -111,7 +128,7 @@ class _SegmentAttention(torch.autograd.Function):
         of_q = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         of_q_grouped = of_q[0].view(grouped)
         of_k, of_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
-        for block in _blocks(context.segments, context.window):
+        for block in blocks_of_row(context.segments, context.window):
             here = slice(block.start, block.stop)
             queries, above = q[:, :, here].reshape(key_heads, -1, size), slope[:, :, here].reshape(key_heads, -1, size)
             keys, values = block.of(k), block.of(v)
@@ -127,11 +144,12 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
     """Queries start … stop − 1 of a segment and the spans of the row that they look at, the last of which ends with them."""
 
     start: int
     stop: int
+    first: int  # how many of the keys lie before the first query: query i's own key is number first + i
     spans: tuple[tuple[int, int], ...]
     hidden: Tensor | None  # (B, S) True where a query must not look; None: only the future of the block itself is hidden
 
@@ -156,12 +174,12 @@ class _Block:
 
 
 @lru_cache(maxsize=8)
-def _blocks(segments: tuple[Segment, ...], window: int | None) -> tuple[_Block, ...]:
+def blocks_of_row(segments: tuple[Segment, ...], window: int | None) -> tuple[Block, ...]:
     """The blocks of a row; the same for every layer with the same window."""
     return tuple(block for segment in segments for block in _blocks_of(segment, segments, window))
 
 
-def _blocks_of(segment: Segment, segments: tuple[Segment, ...], window: int | None) -> Iterator[_Block]:
+def _blocks_of(segment: Segment, segments: tuple[Segment, ...], window: int | None) -> Iterator[Block]:
     for start in range(segment.start, segment.stop, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, segment.stop)
         first = segment.first + start - segment.start  # position of the first query
@@ -176,7 +194,7 @@ def _blocks_of(segment: Segment, segments: tuple[Segment, ...], window: int | No
         keys = torch.cat(positions)
         distance = torch.arange(first, first + stop - start)[:, None] - keys[None]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        yield _Block(start, stop, tuple(spans), hidden if bool(hidden.any()) else None)
+        yield Block(start, stop, len(keys) - (stop - start), tuple(spans), hidden if bool(hidden.any()) else None)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], window: int | None, scale: float) -> Tensor:

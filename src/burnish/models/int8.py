@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import ModelError
+from burnish.models.kernels import Kernels
 
 _MOST_ERROR = 0.025  # of a layer's output, by norm, on the probe's rows
 _ZERO = 128  # oneDNN multiplies unsigned activations: 128 stands for 0
@@ -23,19 +24,19 @@ _ZERO = 128  # oneDNN multiplies unsigned activations: 128 stands for 0
 class Int8Weight:
     """A frozen (D_out, D_in) weight, packed for x Wᵀ and, with `both`, for the way back, dy W."""
 
-    def __init__(self, weight: Tensor, *, both: bool = True) -> None:
-        self.shape, self.dtype = weight.shape, weight.dtype
+    def __init__(self, weight: Tensor, *, both: bool = True, kernels: Kernels | None = None) -> None:
+        self.shape, self.dtype, self.kernels = weight.shape, weight.dtype, kernels
         self._onward = _packed(weight)
         self._back = _packed(weight.T) if both else None
 
     def times(self, rows: Tensor) -> Tensor:
         """(T, D_in) → (T, D_out), in the compute type."""
-        return _product(rows, self._onward)
+        return _product(rows, self._onward, self.kernels)
 
     def back(self, above: Tensor) -> Tensor:
         """(T, D_out) → (T, D_in)."""
         assert self._back is not None
-        return _product(above, self._back)
+        return _product(above, self._back, self.kernels)
 
 
 Packed = tuple[Tensor, Tensor, Tensor]  # packed weight, scales (D_out,), zero points (D_out,)
@@ -58,7 +59,7 @@ def weight_limit() -> int:
     return 0
 
 
-def pack_base(model: Any, probe: Callable[[], Any]) -> tuple[int, int]:
+def pack_base(model: Any, probe: Callable[[], Any], kernels: Kernels | None = None) -> tuple[int, int]:
     """Give frozen linear layers their 8-bit form beside the weight. Returns (layers that have it, layers looked at); call it before `fuse`.
 
     `probe` runs the model once on typical rows: a layer whose product is off by more than _MOST_ERROR of its size on them stays as it is
@@ -78,7 +79,7 @@ def pack_base(model: Any, probe: Callable[[], Any]) -> tuple[int, int]:
         weight: Any = layer.weight
         rows = args[0].detach().reshape(-1, weight.shape[1])
         exact = torch.mm(rows, weight.T).float()
-        if (Int8Weight(weight, both=False).times(rows).float() - exact).norm() <= _MOST_ERROR * exact.norm():
+        if (Int8Weight(weight, both=False, kernels=kernels).times(rows).float() - exact).norm() <= _MOST_ERROR * exact.norm():
             kept.append(layer)
 
     hooks = [layer.register_forward_hook(measure) for layer in layers]
@@ -89,7 +90,7 @@ def pack_base(model: Any, probe: Callable[[], Any]) -> tuple[int, int]:
             hook.remove()
     for layer in dict.fromkeys(kept):
         weight: Any = layer.weight
-        object.__setattr__(layer, "int8", Int8Weight(weight))
+        object.__setattr__(layer, "int8", Int8Weight(weight, kernels=kernels))
     return len(set(kept)), len(layers)
 
 
@@ -100,7 +101,10 @@ def _packed(weight: Tensor) -> Packed:
     return torch.ops.onednn.qlinear_prepack(rounded, None), scales, _zeros(weight.shape[0])
 
 
-def _product(rows: Tensor, packed: Packed) -> Tensor:
+def _product(rows: Tensor, packed: Packed, kernels: Kernels | None) -> Tensor:
+    if kernels is not None and kernels.takes(rows):
+        rounded, scales = kernels.to_bytes(rows)
+        return kernels.scale_rows(_whole(rounded, packed), scales, rows.dtype)
     highest = rows.abs().amax(1, keepdim=True).float().clamp_min_(1e-12).div_(127)  # (T, 1)
     rounded = torch.round(rows / highest).add_(_ZERO).to(torch.uint8)
     return _whole(rounded, packed).mul_(highest).to(rows.dtype)

@@ -144,6 +144,10 @@ class EngineSection(_Section):
     fused_layers: bool = Field(
         True, description="norms, gated MLP and LoRA as one autograd step each, with less kept for the backward pass"
     )
+    compiled_kernels: bool = Field(
+        True,
+        description="on a CPU with a C compiler: what is between the products in one pass over memory each; false: torch's own operations",
+    )
     length_buckets: bool = Field(True, description="sequences of like length in one batch; the order stays a function of the seed")
     gradient_checkpointing: bool | Auto = Field(
         "auto", description="compute each layer's activations again on the way back; `auto`: where a dry step says memory asks for it"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from burnish.errors import RecipeError
-from burnish.models import IGNORED, attend_by_segment, fuse, pack_base
+from burnish.models import IGNORED, Kernels, NoKernels, attend_by_segment, find_kernels, fuse, fuse_attention, pack_base
 from burnish.recipe import Recipe
 from burnish.training.loss import summed_loss
 from burnish.training.pack import Paths, flatten
@@ -27,16 +27,19 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
     """
     engine = recipe.engine
     pair = _two_short(sequences)
+    kernels = _kernels(model, recipe, tell)
     if engine.base_products == "int8":
         if not engine.fused_layers:
             raise RecipeError(
                 "engine.base_products: int8 works inside fused layers: set engine.fused_layers: true, or base_products: native"
             )
-        packed, looked_at = pack_base(model, lambda: _loss(model, list(pair), Paths()))
+        packed, looked_at = pack_base(model, lambda: _loss(model, list(pair), Paths()), kernels)
         tell("8-bit products", 0, 0, f"of {packed} of {looked_at} frozen layers, those within 2.5 % on two rows: faster, not exact")
     if engine.fused_layers:
-        fuse(model)
+        fuse(model, kernels)
     by_segment = engine.document_attention and attend_by_segment(model) and _segments_hold(model, pair)
+    if by_segment and engine.fused_layers and kernels is not None:
+        fuse_attention(model, kernels, lambda: _loss(model, [pair[0], pair[1], pair[0]], Paths(by_segment=True, share=True)))
     if engine.document_attention and not by_segment:
         tell("attention", 0, 0, "this model's attention does not follow segments: packed sequences get a dense mask, which is slower")
     packed = by_segment or keeps_sequences_apart(model, pair)
@@ -46,7 +49,18 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
     wanted = engine.compile is True or (engine.compile == "auto" and on_gpu and steps >= _STEPS_WORTH_COMPILING)
     if wanted and not compile_layers(model):
         tell("compile", 0, 0, f"{type(model).__name__} has no layers of a kind that is compiled alone: nothing was compiled")
-    return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed)
+    return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed, kernels=kernels)
+
+
+def _kernels(model: Any, recipe: Recipe, tell: Tell) -> Kernels | None:
+    """Compiled kernels, on a CPU; torch.compile would have to leave its graph for each of them."""
+    if not recipe.engine.compiled_kernels or recipe.engine.compile is True or next(model.parameters()).device.type != "cpu":
+        return None
+    try:
+        return find_kernels()
+    except NoKernels as problem:
+        tell("kernels", 0, 0, f"{problem}: torch's own operations are used, which is slower")
+        return None
 
 
 def compile_layers(model: Any) -> int:

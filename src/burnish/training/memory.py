@@ -7,6 +7,8 @@ The examples of a step stay the same.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ _SHARE_OF_FREE = 0.7
 _TRANSIENT_LAYERS = 3.0
 _DRY_TOKENS = 256
 _HEAD_BYTES = 64 << 20  # the head's blocks (training/loss.py)
-_TRAINED_BYTES = 20  # of one trained weight: master, its gradient and AdamW's two in float32, its gradient in the compute type
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_TRAINED_BYTES = 16  # of one trained weight, in float32: the master, its gradient, AdamW's two
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,16 @@ def switch_checkpointing(model: Any) -> bool:
         return False
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return True
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep what a step freed for the next step, instead of giving it back to the system: on a CPU, fresh pages cost more than
+    arithmetic (11 µs each on a virtual machine; 5 to 8 % of a step). Elsewhere nothing happens. The peak stays what it was."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018 - no such name: another C library
+        library.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def free_bytes_of(device: torch.device | str) -> int:

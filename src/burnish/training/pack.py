@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.models import IGNORED, Segment
+from burnish.models import IGNORED, Kernels, Segment
 from burnish.types import Tokens
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Paths:
     blocked: bool = True  # the head in blocks of the vocabulary
     packed: bool = True  # False: the model lets packed sequences see each other, so each is computed alone
     cache: FrozenCache | None = field(default=None, compare=False)  # of what frozen lower layers make of the rows
+    kernels: Kernels | None = field(default=None, compare=False)  # compiled passes over memory, on a CPU
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Batch:
     segments: tuple[Segment, ...] | None = None
     blocked: bool = True
     cache: FrozenCache | None = None
+    kernels: Kernels | None = None
     numbers: np.ndarray[Any, Any] | None = None  # (T,) of each token among all of the training, where there is a cache
     copies: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = (
         None  # (M,) numbers and (M,) places: a shared token has several numbers
@@ -118,7 +120,7 @@ def flatten(sequences: Sequence[Tokens], paths: Paths = Paths()) -> Batch:
     tensor = torch.tensor
     return Batch(
         tensor([row.ids]), tensor([row.positions]), tensor(predictors), tensor(targets), tensor(owners),
-        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked, cache=paths.cache, **_numbers(sequences, places, paths),
+        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked, cache=paths.cache, kernels=paths.kernels, **_numbers(sequences, places, paths),
     )  # fmt: skip
 
 

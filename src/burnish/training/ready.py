@@ -15,7 +15,7 @@ from burnish.training.checkpoint import weights_digest
 from burnish.training.engine import make_ready
 from burnish.training.frozen import FrozenCache, make_cache
 from burnish.training.items import Items
-from burnish.training.memory import Plan, plan_memory
+from burnish.training.memory import Plan, keep_freed_memory, plan_memory
 from burnish.training.mix import epoch_indices, replayed_per_epoch
 from burnish.training.objective import Objective
 from burnish.training.pack import epoch_order
@@ -30,6 +30,8 @@ def equip(
 
     `cache`: a folder for what frozen lower layers make of the rows, and the hash of what that rests on; none: it is computed each time.
     """
+    if model.device.type == "cpu":
+        keep_freed_memory()
     some = [tokens for index in range(min(100, len(items.train))) for tokens in objective.sequences(items.train[index])]
     objective.paths = make_ready(model, some, recipe, steps=planned_steps(rows_of(items, recipe), recipe.training), tell=tell)
     if cache is not None:
