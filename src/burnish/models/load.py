@@ -15,7 +15,7 @@ from burnish.errors import ModelError, missing_extra
 from burnish.models.chat import Chat, make_chat
 from burnish.models.embedded import EMBEDDED, embedded_folder
 from burnish.models.quantize import QUANTIZERS, choose_quantizer, mark_quantized, one_layout, quantize, quantized_layers
-from burnish.models.quiet import quiet
+from burnish.models.quiet import quiet, uncollected
 from burnish.recipe import ModelSection, Recipe
 from burnish.run import hash_file, hash_of
 from burnish.types import Tell, silent
@@ -54,7 +54,7 @@ def load_chat(model: ModelSection, tell: Tell = silent) -> Chat:
 def _tokenizer(name: str, folder: Path, states: tuple[tuple[str, int, int], ...]) -> Any:
     """A tokenizer, read once for each state of its folder: with 262,144 words that takes seconds."""
     try:
-        with quiet():
+        with quiet(), uncollected():
             inside = {} if (folder / "tokenizer_config.json").exists() else _gguf(folder)
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **inside)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:

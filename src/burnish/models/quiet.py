@@ -1,7 +1,8 @@
-"""transformers and PEFT without their own bars and advice."""
+"""Reading models and tokenizers: without the libraries' own bars and advice, and without a search for garbage."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,3 +24,15 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage while something large is read that stays: with 262,144 words, half of the seconds that a tokenizer takes."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from burnish.errors import Stopped
 from burnish.models import trainable_parameters
 from burnish.recipe import TrainingSection
@@ -25,7 +23,17 @@ from burnish.training.objective import Objective, Supervised
 from burnish.training.pack import epoch_order
 from burnish.training.progress import Batching, Diverged, Hooks, Progress, Work, learning_rate_at, planned_steps
 from burnish.training.recovery import items_at, keep_best, restore, roll_back, save, split_smaller
-from burnish.training.step import backward, is_out_of_memory, make_masters, norm_of, seed_step, share_state, take_gradients, update
+from burnish.training.step import (
+    backward,
+    is_out_of_memory,
+    make_masters,
+    make_optimizer,
+    norm_of,
+    seed_step,
+    share_state,
+    take_gradients,
+    update,
+)
 from burnish.types import Tell, silent
 
 SKIPS_IN_A_ROW = 3
@@ -105,7 +113,7 @@ def _begin(
     named = trainable_parameters(model)
     parameters = list(named.values())
     masters = make_masters(parameters)
-    optimizer = torch.optim.AdamW(masters, lr=float(settings.learning_rate), weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(masters, rate=float(settings.learning_rate), weight_decay=settings.weight_decay)
     batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
     order = batching.order or _order_of(train, objective, seed=seed, batch=batch, buckets=batching.buckets)
     share = -(-batch // distributed.size())

@@ -24,7 +24,7 @@ from burnish.training.pack import epoch_order
 from burnish.training.progress import planned_steps
 from burnish.training.ready import equip, rows_of, start_state, tokens_key
 from burnish.training.stages import BASE, Start, start_model
-from burnish.training.step import make_masters, norm_of, take_gradients, update
+from burnish.training.step import make_masters, make_optimizer, norm_of, take_gradients, update
 from burnish.types import Dataset, Tell, silent
 
 MOST_STEPS, FEWEST_STEPS = 40, 16
@@ -127,7 +127,7 @@ def _rise(
     parameters = list(trainable_parameters(model).values())
     kept = [parameter.detach().clone() for parameter in parameters]
     masters = make_masters(parameters)
-    optimizer = torch.optim.AdamW(masters, lr=rates[0], weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(masters, rate=rates[0], weight_decay=settings.weight_decay)
     model.eval()
     before = [objective.summed(model, batch) / objective.count(batch) for batch in batches]
     model.train()

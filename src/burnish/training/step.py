@@ -76,8 +76,18 @@ def update(
 
 
 def make_masters(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-    """Float32 weights for the optimizer: an update of a thousandth of a bfloat16 weight would be rounded away. A float32 parameter is its own."""
+    """Float32 weights for the optimizer: an update of a thousandth of a bfloat16 weight would be rounded away. A float32 parameter is its own.
+
+    From here on autograd adds up the parameters' gradients in float32, too: a step's micro-batches would lose to bfloat16's three digits otherwise.
+    """
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
     return [parameter.detach().float() for parameter in parameters]
+
+
+def make_optimizer(masters: Sequence[Tensor], *, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, all of a weight's arithmetic in one pass."""
+    return torch.optim.AdamW(masters, lr=rate, weight_decay=weight_decay, fused=True)
 
 
 def follow(parameters: Sequence[torch.nn.Parameter], masters: Sequence[Tensor]) -> None:
