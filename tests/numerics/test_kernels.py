@@ -206,6 +206,7 @@ def test_a_model_with_kernels_equals_the_model_without(
     fused.fuse(model, kernels)
     names = set(model.state_dict())
     assert fuse_attention(model, kernels, lambda: forward(model, plain)) == 3
+    assert fuse_attention(model, kernels, lambda: forward(model, plain)) == 0, "those of an earlier training on this base stay as they are"
     assert set(model.state_dict()) == names, "what is saved has the same names"
     used: list[str] = []
     real = Kernels._call

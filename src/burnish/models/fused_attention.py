@@ -31,7 +31,7 @@ def fuse_attention(model: Any, kernels: Kernels, run: Callable[[], Any]) -> int:
 
     Call it after `fuse` (the norms of heads are looked for) and `attend_by_segment`.
     """
-    candidates = [module for module in model.modules() if _has_the_parts(module)]
+    candidates = [module for module in model.modules() if _has_the_parts(module) and not isinstance(module, _FusedAttention)]
     proved: list[nn.Module] = []
 
     def compare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
