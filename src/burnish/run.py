@@ -28,6 +28,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -391,8 +392,9 @@ def recover_folder(path: Path) -> None:
 
 
 def is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    """Whether a list of dotted keys names this key, or a section that it lies in."""
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+    """Whether a list of dotted keys names this key, or a section that it lies in; in a stage of a chain it is the key without stages.NAME."""
+    names = [key, *re.findall(r"^stages\..*?\.((?:training|lora|data)\..+)$", key)]
+    return any(one == name or one.startswith(f"{name}.") for one in names for name in allowed)
 
 
 def append_line(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:

@@ -16,9 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,22 +83,25 @@ class Reference:
     rows: list[dict[str, Any]]
     adapter: str
     seconds: float
+    stages: dict[str, Any] = field(default_factory=dict)  # of a chain: the outcome of each
 
     def copy(self, folder: Path) -> Path:
         return Path(shutil.copytree(self.prepared, folder))
 
 
-@cache
-def reference(model: Path, folder: Path, **training: Any) -> Reference:
+def reference(
+    model: Path, folder: Path, *, data: list[dict[str, Any]] | None = None, sections: Mapping[str, Any] | None = None, **training: Any
+) -> Reference:  # fmt: skip
+    """Train RECIPE, changed by `sections` and `training`, on `data` (none: colour rows) with nobody disturbing it."""
     from conftest import colour_rows
 
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(64)))
+    rows_file = folder / "rows.jsonl"
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in data or colour_rows(64)))
     recipe = json.loads(json.dumps(RECIPE))
     recipe["model"] = {"name": str(model), "dtype": "float32"}
-    recipe["data"]["train"] = str(data)
-    recipe["lora"]["dropout"] = training.pop("_dropout", recipe["lora"]["dropout"])
-    recipe["training"] |= training
+    recipe["data"]["train"] = str(rows_file)
+    for name, values in {**(sections or {}), "training": {**(sections or {}).get("training", {}), **training}}.items():
+        recipe[name] = {**recipe.get(name, {}), **values} if isinstance(values, Mapping) else values
     prepared, whole = folder / "prepared", folder / "whole"
     assert forked().run("prepare", prepared, recipe=recipe) == 0, log_of(prepared)
     shutil.copytree(prepared, whole)
@@ -104,8 +109,8 @@ def reference(model: Path, folder: Path, **training: Any) -> Reference:
     assert forked().run("train", whole, recipe=recipe) == 0, log_of(whole)
     seconds = time.monotonic() - started
     rows, adapter = outcome(whole)
-    assert not (whole / "checkpoints").exists()
-    return Reference(recipe, prepared, rows, adapter, seconds)
+    assert not list(whole.rglob("checkpoints"))
+    return Reference(recipe, prepared, rows, adapter, seconds, stages_of(whole))
 
 
 def outcome(run: Path) -> tuple[list[dict[str, Any]], str]:
@@ -113,7 +118,12 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], str]:
     from burnish.run import hash_file, read_lines
 
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in read_lines(run / "training" / "metrics.jsonl")]
-    return rows, hash_file(run / "adapter" / "adapter_model.safetensors")
+    (weights,) = (run / "adapter").glob("*model.safetensors")  # of method full: model.safetensors
+    return rows, hash_file(weights)
+
+
+def stages_of(run: Path) -> dict[str, Any]:
+    return {path.name: outcome(path) for path in sorted((run / "stages").glob("*"))}
 
 
 def finish(run: Path, expected: Reference, **job: Any) -> None:
@@ -123,10 +133,27 @@ def finish(run: Path, expected: Reference, **job: Any) -> None:
     rows, adapter = outcome(run)
     assert rows == expected.rows
     assert adapter == expected.adapter
+    assert stages_of(run) == expected.stages
     status = json.loads((run / "run.json").read_text())["steps"]["train"]
     assert status["state"] == "done"
     assert not [path for path in run.rglob("*") if path.name.endswith((".tmp", ".old"))]
-    assert not (run / "checkpoints").exists()
+    assert not list(run.rglob("checkpoints"))
+
+
+def kill_after(seconds: float, run: Path, expected: Reference) -> int:
+    """Go on with a training and kill it after a while. Returns its exit code; 0: it was done before."""
+    (pid,) = forked().start("train", run, recipe=expected.recipe)
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
+    code = forked().wait()[0]
+    timer.cancel()
+    assert code in (0, -signal.SIGKILL), log_of(run)
+    return code
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -248,15 +275,15 @@ def _at_fsync(number: int, action: str) -> None:
     os.fsync = fsync
 
 
-def _at_step(number: int, action: str) -> None:
-    """Once the row of a step is written: a signal comes (`TERM`, `INT`, `KILL`, `STOP`)."""
+def _at_step(number: int, action: str, place: str = "") -> None:
+    """Once the row of a step is written (of the run whose path holds `place`): a signal comes (`TERM`, `INT`, `KILL`, `STOP`)."""
     import burnish.training.metrics as metrics
 
     real = metrics.append_line
 
     def append(path: Path, row: dict[str, Any]) -> None:
         real(path, row)
-        if row["step"] == number and "loss" in row:
+        if row["step"] == number and "loss" in row and place in str(path):
             os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
 
     metrics.append_line = append

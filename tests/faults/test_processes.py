@@ -40,7 +40,7 @@ for step in range(200 if fault == "none" else 10**9):
 @pytest.fixture(scope="module")
 def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Without dropout: its random numbers belong to a rank."""
-    return reference(tiny_folder, tmp_path_factory.mktemp("processes"), checkpoint_steps=4, _dropout=0.0)
+    return reference(tiny_folder, tmp_path_factory.mktemp("processes"), checkpoint_steps=4, sections={"lora": {"dropout": 0.0}})
 
 
 def losses(rows: list[dict[str, Any]], key: str = "loss") -> list[float]:

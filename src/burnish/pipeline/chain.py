@@ -15,8 +15,8 @@ from burnish import evaluation, training
 from burnish.errors import DataError, GateError, RecipeError
 from burnish.models import ADAPTER_MANIFEST, Chat, base_state, load_chat, merge_adapter, tokens_of, weights_hash
 from burnish.pipeline.steps import PROBE_ROWS, checked_rows, dataset_of, on_base, prepare, task_of, train_once
-from burnish.recipe import DataSection, Recipe, StageSection, stage_recipes
-from burnish.run import Run, hash_of
+from burnish.recipe import DataSection, Recipe, StageSection, differences, stage_recipes
+from burnish.run import Run, hash_of, is_allowed
 from burnish.tasks import find_metric
 from burnish.training import BASE, Start
 from burnish.types import Dataset, Example, Tell, Tokens, silent
@@ -29,6 +29,7 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune, in one training or in the recipe's stages; what is best becomes the run's adapter. Returns the summary.
 
+    `allow_change`: conditions that may differ from those under which a training that was cut off began; of a chain, in the stages that are not done yet.
     Raises GateError where a stage does not pass its gate; what the stages before it left stays in their folders.
     """
     dataset, recipe = dataset or dataset_of(job), job.recipe()
@@ -47,10 +48,19 @@ def train(
         stages = []
         # All rows before the first step: what is wrong with the last stage's should not wait for the first one's training.
         for stage, own in zip(recipe.stages, stage_recipes(job.recipe_as_asked()), strict=True):
-            place = locks.enter_context(Run.working(job.stage_folder(stage.name), own))
+            folder = job.stage_folder(stage.name)
+            place = locks.enter_context(Run.working(folder, _as_begun(Run(folder), own, allow_change), allow_change=allow_change))
             rows = prepare(place, chat=chat, apart=dataset, tell=_titled(stage.name, tell))
             stages.append(_hold_back(_Stage(stage, place, rows), chat, tell))
         return _train_stages(job, dataset, stages, chat, allow_change=allow_change, tell=tell)
+
+
+def _as_begun(place: Run, own: Recipe, allow_change: Sequence[str]) -> Recipe:
+    """The recipe of a stage. One that is done stays what it was: what may change in mid-training changes for those that still train."""
+    if not allow_change or place.status()["steps"].get("train", {}).get("state") != "done":
+        return own
+    begun = place.recipe_as_asked()
+    return begun if all(is_allowed(key, allow_change) for key in differences(begun, own)) else own
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,9 +159,13 @@ def _default_text(info: Any) -> str:
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; of a chain `stages` (the names in order), then stages.NAME.…"""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
+        elif key == "stages" and not prefix and value:
+            yield key, [stage["name"] for stage in value]
+            yield from _flatten({stage["name"]: stage for stage in value}, "stages.")
         else:
             yield prefix + key, value
 

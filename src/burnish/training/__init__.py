@@ -79,9 +79,9 @@ def train(
     initial = weights_digest(list(trainable_parameters(model).values()))
     state = start_state(model, recipe)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
-    fingerprint = fingerprint_of(recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size()) | (
-        {"start": begin.sha256} if begin.sha256 else {}
-    )
+    fingerprint = fingerprint_of(
+        recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size(), quantizer=quantizer_facts(model).get("quantizer")
+    ) | ({"start": begin.sha256} if begin.sha256 else {})  # fmt: skip
     writes = distributed.rank() == 0
     event = _quietly(run.event) if writes else _ignore
     store = Checkpoints(run.checkpoints_folder, fingerprint, event=event, allowed=allow_change, tell=tell) if writes else None
@@ -211,8 +211,7 @@ def _prove(
     if weights_digest(list(trainable_parameters(model).values())) == progress.initial_digest:
         raise TrainingError("training changed no weight: the learning rate is too small for the compute type, or every step was skipped")
     return prove(
-        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:1],
-        unchanged=progress.best_step == progress.step,
+        model, chat, store.best(progress.best_step), base_sha256, objective=objective, items=items[:1], digest=progress.best_digest
     )  # fmt: skip
 
 

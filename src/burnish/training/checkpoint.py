@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from burnish.errors import ModelError, TrainingError, disk_errors
-from burnish.models import Chat, save_trained, trainable_parameters, verify_adapter
+from burnish.models import ADAPTER_MANIFEST, Chat, save_trained, trainable_parameters, verify_adapter
 from burnish.run import hash_file, recover_folder, write_folder
 from burnish.training.fingerprint import compare_fingerprints, not_exact
 from burnish.types import Checkpoint, Tell, silent
@@ -72,8 +72,7 @@ class Checkpoints:
         for path in reversed(found):
             try:
                 manifest, state = read_checkpoint(path)
-                if best := state.progress.get("best_step"):
-                    verify_adapter(self.best(best), manifest["fingerprint"]["base_model.weights"])  # whether it is ours comes below
+                self._verify_best(manifest)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, ModelError) as problem:
                 self._damaged(path, problem)
                 continue
@@ -91,7 +90,7 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Write a checkpoint whole or not at all, then remove what is older than the newest two. Raises TrainingError where the disk refuses."""
-        path = self.folder / f"step-{state.progress['step']:08d}"
+        path, best_step = self.folder / f"step-{state.progress['step']:08d}", state.progress.get("best_step", 0)
         self._room()
         with write_folder(path) as aside:
             save_file(_plain(state.weights), aside / "weights.safetensors")
@@ -102,7 +101,8 @@ class Checkpoints:
             content = {
                 "format": _FORMAT,
                 "step": state.progress["step"],
-                "best_step": state.progress.get("best_step", 0),
+                "best_step": best_step,
+                "best_manifest_sha256": hash_file(self.best(best_step) / ADAPTER_MANIFEST) if best_step else "",
                 "fingerprint": self.fingerprint,
                 "files": _sizes_and_hashes(aside),
             }
@@ -110,7 +110,7 @@ class Checkpoints:
             (aside / MANIFEST).write_text(text + "\n", encoding="utf-8")
         self.damaged.discard(path)
         self.last_bytes = _size(path)
-        self.prune(best_step=state.progress.get("best_step", 0))
+        self.prune(best_step=best_step)
 
     def prune(self, keep: int = KEPT, *, best_step: int = 0) -> None:
         """Remove all but the newest whole checkpoints, and the best weights that none of those refers to."""
@@ -140,6 +140,15 @@ class Checkpoints:
 
     def best(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
+
+    def _verify_best(self, manifest: dict[str, Any]) -> None:
+        """The best weights that a checkpoint refers to are those it was saved with. Raises ValueError, OSError or ModelError where not."""
+        if not manifest["best_step"]:
+            return
+        folder = self.best(manifest["best_step"])
+        if hash_file(folder / ADAPTER_MANIFEST) != manifest["best_manifest_sha256"]:
+            raise ValueError(f"{folder.name}/{ADAPTER_MANIFEST} is not as it was written (SHA-256 differs)")
+        verify_adapter(folder, manifest["fingerprint"]["base_model.weights"])  # whether that is ours comes later
 
     def _sweep(self) -> None:
         """Remove what a process that died was writing; put back what it was replacing."""

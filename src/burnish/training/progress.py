@@ -34,6 +34,7 @@ class Progress:
     loss_count: int = 0
     best_loss: float | None = None
     best_step: int = 0
+    best_digest: str = ""  # of the weights then: what is read back at the end must be these
     best_figures: dict[str, float] = field(default_factory=dict)  # what the objective tells beside its loss, of the best validation
     validations_without_gain: int = 0
     skipped_steps: int = 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from burnish.errors import TrainingError
 from burnish.training import distributed
-from burnish.training.checkpoint import State
+from burnish.training.checkpoint import State, weights_digest
 from burnish.training.progress import Diverged, Progress, Work
 from burnish.training.step import follow, free_memory, load_tensors, share_state, state_of
 
@@ -72,6 +72,7 @@ def split_smaller(work: Work, items: Sequence[Any], problem: str) -> None:
 def keep_best(work: Work) -> None:
     """Save the weights as the best so far; while the disk refuses them, remember them."""
     work.unsaved_best = None
+    work.progress.best_digest = weights_digest(work.parameters)
     try:
         work.hooks.keep_best(work.progress.best_step, work.progress.best_loss)
     except TrainingError as problem:
