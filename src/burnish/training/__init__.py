@@ -80,7 +80,8 @@ def train(
     state = start_state(model, recipe)
     items = with_references(items, objective, model, cache=run.reference_file, state=state, at_once=plan.at_once, tell=tell)
     fingerprint = fingerprint_of(
-        recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size(), quantizer=quantizer_facts(model).get("quantizer")
+        recipe, dataset, chat, base_sha256=base_sha256, initial=initial, world_size=distributed.size(), quantizer=quantizer_facts(model).get("quantizer"),
+        kernels=objective.paths.kernels.key if objective.paths.kernels else "",
     ) | ({"start": begin.sha256} if begin.sha256 else {})  # fmt: skip
     writes = distributed.rank() == 0
     event = _quietly(run.event) if writes else _ignore

@@ -16,7 +16,7 @@ from burnish.run import is_allowed
 from burnish.types import Dataset
 
 # Where the work is done, not what is done: a change is told (the result is right, but not bit-exact) and needs no leave.
-_MACHINE = ("model.device", "machine.threads", "machine.instructions", "machine.gpu")
+_MACHINE = ("model.device", "machine.threads", "machine.instructions", "machine.kernels", "machine.gpu")
 _PLACES = ("world_size", *_MACHINE)
 # With `--allow-change`. What is not here has another meaning in mid-training (rows, base, shapes, what a step holds): start anew instead.
 CHANGEABLE = (
@@ -29,10 +29,10 @@ _QUANTIZING = ("bitsandbytes", "torchao", "gguf")  # where the base is held in f
 
 
 def fingerprint_of(
-    recipe: Recipe, dataset: Dataset, chat: Chat, *, base_sha256: str, initial: str, world_size: int, quantizer: str | None = None
+    recipe: Recipe, dataset: Dataset, chat: Chat, *, base_sha256: str, initial: str, world_size: int, quantizer: str | None = None, kernels: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Field → value, flat; values are what JSON gives back. `initial`: digest of the trained weights before the first step; `quantizer`: what
-    holds the base in fewer bits."""
+    holds the base in fewer bits; `kernels`: the key of the compiled ones, which holds the processor, "" where there are none."""
     parts = recipe.to_dict()
     values: dict[str, Any] = {f"data.{name}": part.get("file_sha256", part.get("sha256")) for name, part in _read(dataset).items()}
     values |= {
@@ -47,7 +47,7 @@ def fingerprint_of(
     values |= {"seed": recipe.seed, "model.dtype": recipe.model.dtype, "model.device": recipe.model.device, "world_size": world_size}
     libraries = _LIBRARIES + (_QUANTIZING if quantizer else ())
     values |= {"versions.python": platform.python_version(), **{f"versions.{name}": _version(name) for name in libraries}}
-    values |= {f"machine.{name}": value for name, value in _machine(recipe.model.device).items()}
+    values |= {f"machine.{name}": value for name, value in _machine(recipe.model.device, kernels).items()}
     del values["training.checkpoint_steps"]  # how often is saved changes nothing that is computed
     return values
 
@@ -95,11 +95,12 @@ def _read(dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {name: part for name, part in dataset.manifest.get("splits", {}).items() if name != "test"}
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(device: str, kernels: str) -> dict[str, Any]:
     """What decides in which order numbers are added up."""
     return {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels,
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "",
     }
 
