@@ -27,7 +27,7 @@ def test_the_integers_are_exact_and_the_product_is_near() -> None:
     whole = torch.round(weight * limit / weight.abs().amax(1, keepdim=True))
     rows = torch.randint(0, 256, (40, 64)).to(torch.uint8)
     packed = torch.ops.onednn.qlinear_prepack(whole.to(torch.int8).contiguous(), None)
-    found = int8.whole_product(rows, (packed, torch.ones(96), torch.zeros(96, dtype=torch.int32)))
+    found = int8._whole(rows, (packed, torch.ones(96), torch.zeros(96, dtype=torch.int32)))
     assert torch.equal(found, (rows.float() - 128) @ whole.T), "counted in whole numbers, nothing runs over"
     x, above = torch.randn(40, 64) * torch.logspace(-3, 3, 40)[:, None], torch.randn(40, 96)
     eight = Int8Weight(weight)

@@ -51,7 +51,7 @@ def weight_limit() -> int:
     for limit in (127, 63):
         try:
             packed = torch.ops.onednn.qlinear_prepack((weights * limit).contiguous(), None)
-            found = whole_product(rows, (packed, torch.ones(64), _zeros(64)))
+            found = _whole(rows, (packed, torch.ones(64), _zeros(64)))
         except (RuntimeError, AttributeError, TypeError, NotImplementedError):
             return 0
         if torch.equal(found, torch.full_like(found, 127 * limit * 32)):
@@ -101,23 +101,16 @@ def _packed(weight: Tensor) -> Packed:
     return torch.ops.onednn.qlinear_prepack(rounded, None), scales, _zeros(weight.shape[0])
 
 
-def pack_bytes(weight: Tensor, kernels: Kernels) -> Packed:
-    """A (D_out, D_in) weight, packed for x Wᵀ, rounded by a kernel: for machines whose weight_limit is 127."""
-    rounded, scales = kernels.to_bytes(weight.detach())
-    signed = rounded.bitwise_xor_(_ZERO).view(torch.int8)  # u − 128
-    return torch.ops.onednn.qlinear_prepack(signed, None), scales, _zeros(weight.shape[0])
-
-
 def _product(rows: Tensor, packed: Packed, kernels: Kernels | None) -> Tensor:
     if kernels is not None and kernels.takes(rows):
         rounded, scales = kernels.to_bytes(rows)
-        return kernels.scale_rows(whole_product(rounded, packed), scales, rows.dtype)
+        return kernels.scale_rows(_whole(rounded, packed), scales, rows.dtype)
     highest = rows.abs().amax(1, keepdim=True).float().clamp_min_(1e-12).div_(127)  # (T, 1)
     rounded = torch.round(rows / highest).add_(_ZERO).to(torch.uint8)
-    return whole_product(rounded, packed).mul_(highest).to(rows.dtype)
+    return _whole(rounded, packed).mul_(highest).to(rows.dtype)
 
 
-def whole_product(rounded: Tensor, packed: Packed) -> Tensor:
+def _whole(rounded: Tensor, packed: Packed) -> Tensor:
     """(T, D_in) unsigned whole numbers around 128 → (T, D_out) float32, times the weight's scales."""
     weight, scales, zeros = packed
     plain: Any = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale or zero of the output, nothing after it

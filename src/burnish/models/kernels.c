@@ -257,10 +257,10 @@ void FN(softmax_back)(T *scores, T *above, float scale, const float *log_sums, l
     }
 }
 
-/* A block of logits (each row times `by`, where it is given) joins log_sums, the log Σ exp of each row so far (-inf before the first block); and `bound`, for each word of the block, is an upper
+/* A block of logits joins log_sums, the log Σ exp of each row so far (-inf before the first block); and `bound`, for each word of the block, is an upper
  * bound of its probability in any row: exp(logit − the largest of what is known not to be above the row's final log Σ exp). `least` holds a logit
  * of each row that is known beforehand, its target's. logits: (rows, words); least, log_sums: (rows,); bound: (words,) */
-void FN(join_logits)(const T *logits, const float *by, const float *least, float *log_sums, float *bound, long rows, long words) {
+void FN(join_logits)(const T *logits, const float *least, float *log_sums, float *bound, long rows, long words) {
     memset(bound, 0, words * sizeof(float));
 #pragma omp parallel
     {
@@ -268,15 +268,15 @@ void FN(join_logits)(const T *logits, const float *by, const float *least, float
 #pragma omp for schedule(static)
         for (long row = 0; row < rows; row++) {
             const T *in = logits + row * words;
-            float before = log_sums[row], high = before > least[row] ? before : least[row], sum = 0.0f, times = by ? by[row] : 1.0f;
+            float before = log_sums[row], high = before > least[row] ? before : least[row], sum = 0.0f;
 #pragma omp simd reduction(max : high)
             for (long i = 0; i < words; i++) {
-                float value = LOAD(in[i]) * times;
+                float value = LOAD(in[i]);
                 high = value > high ? value : high;
             }
 #pragma omp simd reduction(+ : sum)
             for (long i = 0; i < words; i++) {
-                float power = exponential(LOAD(in[i]) * times - high);
+                float power = exponential(LOAD(in[i]) - high);
                 sum += power;
                 mine[i] = power > mine[i] ? power : mine[i];
             }

@@ -41,7 +41,7 @@ _SIGNATURES = {
     "gated_back": "lpppppl",
     "softmax": "pfpllllll",
     "softmax_back": "ppfpllllll",
-    "join_logits": "pppppll",
+    "join_logits": "ppppll",
     "logit_slopes": "pppppll" "l",
     "to_bytes": "pppll",
     "scale_rows": "pppll",
@@ -122,10 +122,10 @@ class Kernels:
         batch, rows, keys = scores.shape
         self._call("softmax_back", scores, above, scale, log_sums, batch, tokens, rows // tokens, keys, first, window or keys)
 
-    def join_logits(self, logits: Tensor, least: Tensor, log_sums: Tensor, bound: Tensor, by: Tensor | None = None) -> None:
-        """A block (N, words), times `by` (N,) where given, joins each row's log Σ exp (N,) float32; bound (words,) gets an upper bound of each word's
-        probability in any row, the tighter the higher `least` (N,) is: a logit of each row that is known beforehand."""
-        self._call("join_logits", logits, by, least, log_sums, bound, *logits.shape)
+    def join_logits(self, logits: Tensor, least: Tensor, log_sums: Tensor, bound: Tensor) -> None:
+        """A block (N, words) joins each row's log Σ exp (N,) float32; bound (words,) gets an upper bound of each word's probability in any row,
+        the tighter the higher `least` (N,) is: a logit of each row that is known beforehand."""
+        self._call("join_logits", logits, least, log_sums, bound, *logits.shape)
 
     def logit_slopes(self, logits: Tensor, log_sums: Tensor, by_row: Tensor, missing: Tensor, place: Tensor, start: int) -> None:
         """Logits (N, words) become (p − [target]) · by_row; `missing` (N,) loses the probabilities. place: (N,) int64, targets at place − start."""

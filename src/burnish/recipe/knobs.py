@@ -148,10 +148,6 @@ class EngineSection(_Section):
         True,
         description="on a CPU with a C compiler: what is between the products in one pass over memory each; false: torch's own operations",
     )
-    coarse_head: bool = Field(
-        True,
-        description="on a CPU with 8-bit products (VNNI), in bfloat16: the vocabulary is looked through in 8 bits first, and only words that matter are multiplied exactly",
-    )
     length_buckets: bool = Field(True, description="sequences of like length in one batch; the order stays a function of the seed")
     gradient_checkpointing: bool | Auto = Field(
         "auto", description="compute each layer's activations again on the way back; `auto`: where a dry step says memory asks for it"

@@ -11,8 +11,7 @@ import torch
 from burnish.errors import RecipeError
 from burnish.models import IGNORED, Kernels, NoKernels, attend_by_segment, find_kernels, fuse, fuse_attention, pack_base
 from burnish.recipe import Recipe
-from burnish.training.coarse import CoarseHead, can_be_coarse
-from burnish.training.loss import plain_head, summed_loss
+from burnish.training.loss import summed_loss
 from burnish.training.pack import Paths, flatten
 from burnish.types import Tell, Tokens, silent
 
@@ -50,18 +49,7 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
     wanted = engine.compile is True or (engine.compile == "auto" and on_gpu and steps >= _STEPS_WORTH_COMPILING)
     if wanted and not compile_layers(model):
         tell("compile", 0, 0, f"{type(model).__name__} has no layers of a kind that is compiled alone: nothing was compiled")
-    coarse = _coarse_head(model, pair, kernels) if engine.coarse_head and engine.blocked_head else None
-    return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed, kernels=kernels, coarse=coarse)
-
-
-def _coarse_head(model: Any, pair: tuple[Tokens, Tokens], kernels: Kernels | None) -> CoarseHead | None:
-    """The head in 8 bits, where it may be and gives the loss of the exact one on two rows, as far as bfloat16 tells."""
-    head = plain_head(model, flatten(pair[:1]))
-    if head is None or head[1] is not None or kernels is None or not can_be_coarse(head[0], kernels):
-        return None
-    coarse = CoarseHead(head[0], kernels)
-    losses = [_loss(model, list(pair), Paths(kernels=kernels, coarse=chosen)) for chosen in (None, coarse)]
-    return coarse if math.isclose(*losses, rel_tol=2e-2, abs_tol=1e-5) else None
+    return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed, kernels=kernels)
 
 
 def _kernels(model: Any, recipe: Recipe, tell: Tell) -> Kernels | None:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.models import Kernels
-from burnish.training.coarse import CoarseHead, coarse_log_sums, log_sums_with_rest
 from burnish.training.pack import Batch
 
 # Numbers of a block of logits: 4 M × 4 bytes fit a CPU's last cache; a GPU wants larger products.
@@ -30,7 +29,7 @@ def token_losses(model: Any, batch: Batch) -> Tensor:
     """−log p of each target token, nats: (N,) float32 with a graph, in the order of `batch.targets`."""
     if (head := plain_head(model, batch)) is None:
         return F.cross_entropy(full_logits(model, batch), batch.targets, reduction="none")
-    return _HeadLoss.apply(target_rows(model, batch), head[0], batch.targets, head[1], batch.kernels, batch.coarse)
+    return _HeadLoss.apply(target_rows(model, batch), head[0], batch.targets, head[1], batch.kernels)
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
@@ -66,16 +65,10 @@ class _HeadLoss(torch.autograd.Function):
     """Cross-entropy(hidden · weightᵀ, targets) row by row: (N, D), (V, D), (N,) → (N,)."""
 
     @staticmethod
-    def forward(
-        context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, kernels: Kernels | None = None,
-        coarse: CoarseHead | None = None,
-    ) -> Tensor:  # fmt: skip
+    def forward(context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, kernels: Kernels | None) -> Tensor:
         if kernels is not None and not (softcap is None and kernels.takes(hidden, weight)):
             kernels = None
-        if kernels is None:
-            wanted, log_sums, highest = _log_sum_exp(hidden, weight, targets, softcap)
-        else:
-            wanted, log_sums, highest = _log_sum_exp_by_kernel(hidden, weight, targets, kernels, coarse)
+        wanted, log_sums, highest = _log_sum_exp(hidden, weight, targets, softcap, kernels)
         context.save_for_backward(hidden, weight, targets, log_sums, highest)
         context.softcap, context.kernels = softcap, kernels
         return log_sums - wanted
@@ -85,13 +78,17 @@ class _HeadLoss(torch.autograd.Function):
         hidden, weight, targets, log_sums, highest = context.saved_tensors
         by_row = outputs[0].float().contiguous()[:, None]  # (N, 1); of a sum, it comes as one number for all rows
         if context.needs_input_grad[1]:
-            return (*_dense_gradients(hidden, weight, targets, log_sums, by_row, context.softcap), None, None, None, None)
+            return (*_dense_gradients(hidden, weight, targets, log_sums, by_row, context.softcap), None, None, None)
         gradient = _sparse_gradient(hidden, weight, targets, log_sums, highest, by_row, context.softcap, context.kernels)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None
 
 
-def _log_sum_exp(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _log_sum_exp(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, kernels: Kernels | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) logit of each target, (N,) log Σ exp of each row, (V,) an upper bound of each word's probability over the rows."""
+    if kernels is not None:
+        return _log_sum_exp_by_kernel(hidden, weight, targets, kernels)
     rows, words = hidden.shape[0], weight.shape[0]
     wanted = torch.zeros(rows, device=hidden.device)
     log_sums = torch.full((rows, 1), -torch.inf, device=hidden.device)
@@ -107,18 +104,11 @@ def _log_sum_exp(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
     return wanted, log_sums[:, 0], highest
 
 
-def _log_sum_exp_by_kernel(
-    hidden: Tensor, weight: Tensor, targets: Tensor, kernels: Kernels, coarse: CoarseHead | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one pass over each block of logits, in the compute type as the product leaves them, or in 8 bits where that is enough."""
+def _log_sum_exp_by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one pass over each block of logits, in the compute type as the product leaves them."""
     rows, words = hidden.shape[0], weight.shape[0]
     # The target's own logit, in float32: the product's rounding of it is left out of the loss.
     wanted = torch.linalg.vecdot(hidden.float(), weight[targets].float())
-    if coarse is not None:
-        of_all, highest = coarse_log_sums(hidden, wanted, coarse)
-        with_rest = log_sums_with_rest(hidden, weight, _likely(highest, targets, hidden.dtype).nonzero()[:, 0], of_all, wanted, coarse)
-        if with_rest is not None:
-            return wanted, with_rest, highest
     log_sums, highest = torch.full((rows,), -torch.inf), torch.empty(words)
     width = min(_block_width(hidden), words)
     buffer = hidden.new_empty(rows * width)
@@ -134,7 +124,8 @@ def _sparse_gradient(
     kernels: Kernels | None = None,
 ) -> Tensor:  # fmt: skip
     """d loss / d hidden (N, D): Σ_words p · w − w_target, for each row times `by_row`."""
-    likely = _likely(highest, targets, hidden.dtype)
+    likely = highest > _LEAST_PROBABILITY.get(hidden.dtype, 0.0)
+    likely[targets] = True
     chosen = likely.nonzero()[:, 0]  # (C,) ascending
     place = torch.searchsorted(chosen, targets)
     gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -161,13 +152,6 @@ def _sparse_gradient(
         mean = _weighted_sum(rest, weight) / rest.sum().clamp_min(torch.finfo(torch.float32).tiny)
         gradient += (missing.clamp_(min=0) * by_row) * mean
     return gradient.to(hidden.dtype)
-
-
-def _likely(highest: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V,) True for the words that some row may give enough probability to matter, and for the targets."""
-    likely = highest > _LEAST_PROBABILITY.get(dtype, 0.0)
-    likely[targets] = True
-    return likely
 
 
 def _weighted_sum(shares: Tensor, weight: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from burnish.models import IGNORED, Kernels, Segment
-from burnish.training.coarse import CoarseHead
 from burnish.types import Tokens
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ class Paths:
     packed: bool = True  # False: the model lets packed sequences see each other, so each is computed alone
     cache: FrozenCache | None = field(default=None, compare=False)  # of what frozen lower layers make of the rows
     kernels: Kernels | None = field(default=None, compare=False)  # compiled passes over memory, on a CPU
-    coarse: CoarseHead | None = field(default=None, compare=False)  # the head in 8 bits, for a first look at the vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,6 @@ class Batch:
     blocked: bool = True
     cache: FrozenCache | None = None
     kernels: Kernels | None = None
-    coarse: CoarseHead | None = None
     numbers: np.ndarray[Any, Any] | None = None  # (T,) of each token among all of the training, where there is a cache
     copies: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = (
         None  # (M,) numbers and (M,) places: a shared token has several numbers
@@ -123,8 +120,7 @@ def flatten(sequences: Sequence[Tokens], paths: Paths = Paths()) -> Batch:
     tensor = torch.tensor
     return Batch(
         tensor([row.ids]), tensor([row.positions]), tensor(predictors), tensor(targets), tensor(owners),
-        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked, cache=paths.cache, kernels=paths.kernels, coarse=paths.coarse,
-        **_numbers(sequences, places, paths),
+        segments=tuple(row.segments) if paths.by_segment else None, blocked=paths.blocked, cache=paths.cache, kernels=paths.kernels, **_numbers(sequences, places, paths),
     )  # fmt: skip
 
 
