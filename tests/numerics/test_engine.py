@@ -114,6 +114,8 @@ def test_long_steps_are_split_and_stay_what_they_are(tokenizer: Any, monkeypatch
         monkeypatch.setattr(step_module, "_CPU_TOKENS", most)
         results.append(gradients(model, lambda: Given(step_module.backward(model, objective, sequences, at_once=5, denominator=7))))
     assert parts == [5, 2, 2, 1]
+    assert step_module._parts(alike, PATHS["segments"]) == -(-sum(len(s.input_ids) for s in alike) // 100)
+    assert step_module._parts(alike, PATHS["shared"]) == 1, "what all share would be computed again in each part"
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     close(results[1][1], results[0][1])
 

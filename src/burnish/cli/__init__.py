@@ -373,6 +373,8 @@ def main() -> None:
     """The command `burnish`."""
     # Threads that spin while they wait lose all where another process wants the same cores: a step of 20 s took 72 s. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # oneDNN keeps the code of its last 1,024 products, megabytes each; packed rows have new lengths at every step. A step has some 150.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     # --debug counts wherever it stands: people add it at the end of the line that failed.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
