@@ -89,8 +89,9 @@ def sweep(error: str, few: dict[str, int], short: Reference, tmp_path: Path) -> 
             if error.startswith("signal"):
                 assert code == -signal.SIGKILL, log_of(run)
             else:
-                assert code in (0, 1), log_of(run)
                 told = log_of(run)
+                # 2: the bar that transformers draws while it reads weights could not be written, into a log on the full disk.
+                assert code in (0, 1) or (code == 2 and "the weights cannot be read" in told), told
                 assert code == 0 or "No space left on device" in told or call == "openat", told
             if code != 0:
                 _no_torn_checkpoint(run, short)
@@ -142,6 +143,30 @@ def prepare_sweep(few: dict[str, int], short: Reference, tmp_path: Path) -> None
             assert {path.name: hash_file(path) for path in (run / "data").glob("[!.]*")} == wanted
             assert json.loads((run / "run.json").read_text())["steps"]["prepare"]["state"] == "done"
             shutil.rmtree(run)
+
+
+def test_what_was_being_written_is_swept_and_nothing_else(short: Reference, tmp_path: Path) -> None:
+    """A run that was killed before it had a recipe, and one that died in the middle of files: begun, or gone on with. Others' files stay."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".recipe.yaml.abcd1234.tmp").write_text("torn")
+    (run / "lock").touch()
+    assert forked().run("prepare", run, recipe=short.recipe) == 0, log_of(run)
+    assert not (run / ".recipe.yaml.abcd1234.tmp").exists()
+    left = [run / ".run.json.00000000.tmp", run / "data" / ".train.jsonl.k3j_9zzz.tmp", run / ".adapter.x8x8x8x8.tmp" / "weights"]
+    left[2].parent.mkdir()
+    kept = [run / "mine.tmp", run / ".mine.tmp"]
+    for path in (*left, *kept):
+        path.write_text("x")
+    assert forked().run("prepare", run, recipe=short.recipe) == 0, log_of(run)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.doc").write_text("mine")
+    assert forked().run("prepare", other, recipe=short.recipe) == 2
+    assert "is not empty and not a run" in log_of(other)
+    assert (other / "thesis.doc").exists()
 
 
 @needs_strace
