@@ -33,7 +33,9 @@ for step in range(200 if fault == "none" else 10**9):
         if fault == "hang": os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "die": os.kill(os.getpid(), signal.SIGKILL)
         if fault == "fail": sys.exit(2)
-    time.sleep(0.005)
+    time.sleep(0.6 if fault == "slow" else 0.005)
+    if told and fault == "deaf": continue
+    if told and fault == "slow": time.sleep(0.6)
     if told: sys.exit(143)
 """
 
@@ -169,6 +171,15 @@ def test_a_stop_reaches_all(worker: list[str]) -> None:
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     assert launched(worker, "forever", 2) == 143
+
+
+def test_a_stop_waits_for_the_step_under_way_and_not_for_ever(worker: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grace is for saving; a step that takes longer than that is finished, too. Who does not listen is killed."""
+    monkeypatch.setattr("burnish.training.launch._GRACE_SECONDS", 0.2)
+    for fault, code in (("slow", 143), ("deaf", 128 + signal.SIGKILL)):
+        timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        assert launched(worker, fault, 2) == code
 
 
 def test_the_command_of_a_process_does_not_launch_again() -> None:
