@@ -174,9 +174,14 @@ class Run:
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RecipeError(f"{run.path} is a file; a run is a folder: choose another place with --run")
-        if run.path.exists() and not run.recipe_file.exists() and any(child.name != "lock" for child in run.path.iterdir()):
+        if (
+            run.path.exists()
+            and not run.recipe_file.exists()
+            and any(child.name != "lock" for child in run.path.iterdir() if not _is_aside(child))
+        ):
             raise RecipeError(f"{run.path} is not empty and not a run: choose another place with --run (nothing there is deleted)")
         with run.lock():
+            run._sweep()
             if fresh:
                 run._clear()
             if run.recipe_file.exists():
@@ -298,6 +303,12 @@ class Run:
         for path in (path for step in steps for path in stale.get(step, ())):
             path.unlink(missing_ok=True)
 
+    def _sweep(self) -> None:
+        """Remove what a process that died was writing aside; the lock is held, so nobody else is writing. Stages are runs of their own."""
+        for place in (self.path, *(self.path / name for name in ("data", "candidates", "training", "training/tokens"))):
+            for left in filter(_is_aside, place.glob(".*.tmp")):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
     def _clear(self) -> None:
         for child in self.path.iterdir():
             if child.name == "lock":
@@ -389,6 +400,11 @@ def recover_folder(path: Path) -> None:
         os.replace(old, path)
     for left in (old, *path.parent.glob(f".{path.name}.*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_aside(path: Path) -> bool:
+    """Whether `write_whole` or `write_folder` gave it its name: .NAME.8 random characters.tmp"""
+    return re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name) is not None
 
 
 def is_allowed(key: str, allowed: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -140,19 +141,19 @@ def finish(run: Path, expected: Reference, **job: Any) -> None:
     assert not list(run.rglob("checkpoints"))
 
 
-def kill_after(seconds: float, run: Path, expected: Reference) -> int:
-    """Go on with a training and kill it after a while. Returns its exit code; 0: it was done before."""
+def kill_after(seconds: float, run: Path, expected: Reference, number: int = signal.SIGKILL) -> int:
+    """Go on with a training and send it a signal after a while. Returns its exit code; 0: it was done before."""
     (pid,) = forked().start("train", run, recipe=expected.recipe)
 
     def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
     timer = threading.Timer(seconds, kill)
     timer.start()
     code = forked().wait()[0]
     timer.cancel()
-    assert code in (0, -signal.SIGKILL), log_of(run)
+    assert code in (0, -number, 128 + number), log_of(run)
     return code
 
 
@@ -209,6 +210,8 @@ def _child(job: dict[str, Any], rank: int, processes: int, port: int) -> None:
             _at_fsync(*job["fsync"])
         if job.get("at_step"):
             _at_step(*job["at_step"])
+        if job.get("memory"):
+            _limit_memory(*job["memory"])
         _do(job, rank)
         code = 0
     except Stopped as stopped:
@@ -255,12 +258,33 @@ def _print(what: str, done: int, total: int, detail: str) -> None:
 def _wait_for_tracer() -> None:
     """Let strace take hold before anything is done."""
     ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER, any: where Yama asks for it
+    deadline = time.monotonic() + 60
     while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        if time.monotonic() > deadline:
+            raise TimeoutError("strace did not take hold of this process: may it trace here?")
         time.sleep(0.002)
 
 
+def _limit_memory(number: int, share: float) -> None:
+    """Once the row of a step is written: `ulimit -v`, with room for a share of what the largest step so far took."""
+    import burnish.training.metrics as metrics
+
+    real = metrics.append_line
+    ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, so that steps are alike
+
+    def append(path: Path, row: dict[str, Any]) -> None:
+        real(path, row)
+        if row["step"] == number and "loss" in row:
+            lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            now, peak = (1024 * int(lines[name].split()[0]) for name in ("VmSize", "VmPeak"))
+            resource.setrlimit(resource.RLIMIT_AS, (now + int(share * (peak - now)), resource.RLIM_INFINITY))
+
+    metrics.append_line = append
+
+
 def _at_fsync(number: int, action: str) -> None:
-    """At the n-th fsync: `TERM` or `INT` (a signal comes), `TERM-TERM` (two come), `full` (no space once), `full+` (no space from there on)."""
+    """At the n-th fsync: `TERM` or `INT` (a signal comes), `TERM-TERM` (two come), `slow-TERM` (it comes, and each fsync from there on takes a tenth
+    of a second), `full` (no space once), `full+` (no space from there on)."""
     real, count = os.fsync, {"n": 0}
 
     def fsync(handle: int) -> None:
@@ -268,8 +292,10 @@ def _at_fsync(number: int, action: str) -> None:
         if (count["n"] == number and action == "full") or (count["n"] >= number and action == "full+"):
             raise OSError(errno.ENOSPC, "No space left on device")
         if count["n"] == number and not action.startswith("full"):
-            for name in action.split("-"):
+            for name in action.removeprefix("slow-").split("-"):
                 os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        if count["n"] >= number and action.startswith("slow"):
+            time.sleep(0.1)
         real(handle)
 
     os.fsync = fsync

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from forked import Reference, events, finish, forked, log_of, outcome, reference
 
 from burnish.errors import RecipeError, TrainingError
-from burnish.run import Run
+from burnish.run import Run, hash_file
 from burnish.training.checkpoint import Checkpoints, State, read_checkpoint
 from conftest import colour_rows
 
@@ -76,6 +78,35 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, run: Path) 
     assert [(kind, values["at_step"]) for kind, values in told] == [("checkpoint_damaged", 14)]
 
 
+def test_any_bit_and_any_length(run: Path) -> None:
+    """Two hundred places of the checkpoint's and the best weights' files, chosen anew from one seed: each is noticed, none is taken for good."""
+    chosen = random.Random(8)
+    manifest, wanted = read_checkpoint(run / "checkpoints" / "step-00000014")
+    files = [
+        path
+        for folder in ("step-00000014", f"best-{manifest['best_step']:08d}")
+        for path in sorted((run / "checkpoints" / folder).glob("*"))
+    ]
+    assert len(files) > len(FILES) + 4
+    for number in range(200):
+        path, told = files[number % len(files)], []  # type: ignore[var-annotated]
+        content = path.read_bytes()
+        if number % 3:
+            spoilt = bytearray(content)
+            spoilt[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+        else:
+            spoilt = bytearray(content[: chosen.randrange(len(content))])
+        path.write_bytes(bytes(spoilt))
+        state = store_of(run, told).newest()
+        # The best weights may be those of the older checkpoint, too.
+        assert state is None or state.progress["step"] == 12, f"{path.name} {number}"
+        assert told[0][0] == "checkpoint_damaged"
+        path.write_bytes(content)
+    state = store_of(run, []).newest()
+    assert state is not None
+    assert state.progress == wanted.progress
+
+
 @pytest.mark.parametrize(("damage", "name"), [("bit flipped", "optimizer.exp_avg.safetensors"), ("missing", "state.json")])
 def test_it_goes_on_exactly_from_the_older_one(damage: str, name: str, run: Path, whole: Reference) -> None:
     DAMAGES[damage](run / "checkpoints" / "step-00000014" / name)
@@ -97,11 +128,24 @@ def test_where_all_are_damaged_training_starts_anew_and_says_so(empty: bool, run
     assert not events(run, "resumed")
 
 
-def test_damaged_best_weights_are_noticed(run: Path, whole: Reference) -> None:
-    (best,) = {path.name for path in (run / "checkpoints").glob("best-*")}
-    flip(run / "checkpoints" / best / "adapter_model.safetensors")
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "burnish.json"])
+def test_damaged_best_weights_are_noticed(name: str, run: Path, whole: Reference) -> None:
+    for best in (run / "checkpoints").glob("best-*"):
+        cut(best / name)
     finish(run, whole)
     assert events(run, "checkpoint_damaged")
+
+
+def test_best_weights_with_another_config_and_a_manifest_to_match_are_noticed(run: Path, whole: Reference) -> None:
+    """A folder that is whole by itself, but not the one that the checkpoint was saved with."""
+    for best in (run / "checkpoints").glob("best-*"):
+        config, manifest = json.loads((best / "adapter_config.json").read_text()), json.loads((best / "burnish.json").read_text())
+        (best / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 80}))
+        size = (best / "adapter_config.json").stat().st_size
+        manifest["files"]["adapter_config.json"] = {"bytes": size, "sha256": hash_file(best / "adapter_config.json")}
+        (best / "burnish.json").write_text(json.dumps(manifest))
+    finish(run, whole)
+    assert "burnish.json is not as it was written" in events(run, "checkpoint_damaged")[0]["reason"]
 
 
 def test_leftovers_of_a_process_that_died_are_swept(run: Path, whole: Reference) -> None:
@@ -187,6 +231,41 @@ def test_another_learning_rate_goes_on_where_it_is_allowed(run: Path, whole: Ref
     assert steps[:14] == before[:14], "what was done stays"
     assert steps[14]["learning_rate"] == pytest.approx(before[14]["learning_rate"] / 5)
     assert steps[15]["loss"] != before[15]["loss"]
+
+
+def test_every_condition_is_looked_at(run: Path) -> None:
+    """What 2.4 rule 6 names is there; each field alone, changed, is refused by its name, or told where it is only the place of the work."""
+    _, state = read_checkpoint(run / "checkpoints" / "step-00000014")
+    fingerprint = store_of(run, []).fingerprint
+    assert {
+        "data.train", "data.validation", "tokenizer", "template", "base_model.weights", "initial_weights", "training.method", "training.learning_rate",
+        "training.micro_batch_size", "training.objective", "training.layers", "lora.rank", "lora.target_modules", "lora.alpha", "lora.dropout", "seed",
+        "world_size", "model.dtype", "engine.length_buckets", "versions.burnish", "versions.torch", "versions.transformers", "versions.tokenizers",
+        "versions.peft", "versions.numpy", "versions.python", "machine.threads",
+    } <= fingerprint.keys()  # fmt: skip
+    places = {"world_size", "model.device", "machine.threads", "machine.instructions", "machine.gpu"}
+    for field in fingerprint:
+        told: list[tuple[str, dict[str, Any]]] = []
+        store = store_of(run, told)
+        store.fingerprint = {**fingerprint, field: "another"}
+        if field not in places:
+            with pytest.raises(
+                RecipeError, match=rf"(?s)1 of its conditions differ.*{re.escape(field)} — .* when the training began, now 'another'"
+            ):
+                store.newest()
+            continue
+        found = store.newest()
+        assert found is not None
+        assert found.progress == state.progress
+        assert told == [("conditions_changed", {"at_step": 14, "changed": {field: [fingerprint[field], "another"]}, "bit_exact": False})]
+
+
+def test_all_fields_that_differ_are_listed_at_once(run: Path) -> None:
+    store = store_of(run, [])
+    store.fingerprint = {**store.fingerprint, "data.train": "x", "template": "y", "lora.rank": 99, "training.learning_rate": 1.0}
+    with pytest.raises(RecipeError, match="4 of its conditions differ") as caught:
+        store.newest()
+    assert [problem.where for problem in caught.value.problems] == ["data.train", "lora.rank", "template", "training.learning_rate"]
 
 
 def test_other_first_weights_are_refused(run: Path) -> None:

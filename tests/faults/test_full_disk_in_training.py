@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +93,66 @@ def test_rows_wait_in_memory_and_none_is_lost(tmp_path: Path, monkeypatch: pytes
     assert len(list(module.read_lines(metrics.path))) == 3
     assert metrics.rewind(2, 0) == 0
     assert metrics.rewind(5, 1) == 4, "rows that are missing are counted"
+
+
+def test_an_older_checkpoint_makes_room_for_the_next(whole: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk holds two checkpoints and no third: the older one goes, the newest whole one stays until the next is there."""
+    from burnish.run import Run
+    from burnish.training import checkpoint
+
+    run = Run(whole.copy(tmp_path / "run"))
+    kept: list[list[str]] = []
+
+    def usage(folder: Path) -> Any:
+        steps = sorted(path.name for path in Path(folder).glob("step-*"))
+        kept.append(steps)
+        return real(folder)._replace(free=10**9 if len(steps) < 2 else 0)
+
+    real = checkpoint.shutil.disk_usage
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+    from burnish import pipeline
+
+    pipeline.train(run)
+    rows, _ = outcome(run.path)
+    assert [row["step"] for row in rows if "loss" in row] == [row["step"] for row in whole.rows if "loss" in row]
+    assert not events(run.path, "checkpoint_not_written")
+    full = [index for index, steps in enumerate(kept) if len(steps) == 2]
+    assert full
+    assert all(kept[index + 1] == kept[index][1:] for index in full), "tried again at once, with the newest still there"
+
+
+def may_mount() -> bool:
+    command = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m none /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not may_mount(), reason="no small file system can be mounted here (unshare -rm, tmpfs)")
+def test_a_small_disk_that_is_really_full(whole: Reference, tmp_path: Path) -> None:
+    """A tmpfs that another file fills while the training runs: it ends with a plain sentence; with room again, the same command ends it, exactly."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = disk / "run"
+    train = f"{shlex.quote(sys.executable)} -m burnish train {shlex.quote(str(run))} --run {shlex.quote(str(run))}"
+    (tmp_path / "watch.sh").write_text(
+        f"""mount -t tmpfs -o size=6m none {disk} && cp -r {whole.prepared} {run} || exit 90
+        (while [ ! -e {run}/checkpoints/step-00000006 ]; do sleep 0.01; done; dd if=/dev/zero of={disk}/ballast bs=4k 2>/dev/null) &
+        {train}; code=$?
+        wait
+        ls {run}/checkpoints > {tmp_path}/listed
+        [ $code = 1 ] || exit 91
+        rm {disk}/ballast
+        {train} || exit 92
+        cp -r {run} {tmp_path}/run
+        """
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", str(tmp_path / "watch.sh")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step-" in (tmp_path / "listed").read_text(), "what was whole is kept"
+    assert outcome(tmp_path / "run") == (whole.rows, whole.adapter)
+    assert events(tmp_path / "run", "resumed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -10,16 +9,22 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
-from forked import Reference, events, finish, forked, log_of, reference
+from forked import Reference, events, finish, forked, kill_after, log_of, reference
 
 from burnish.run import hash_file
 
+
+def may_trace() -> bool:
+    """Some containers have strace and forbid it."""
+    command = ["strace", "-q", "-o", os.devnull, "-e", "inject=getpid:error=EPERM:when=1", "true"]
+    return shutil.which("strace") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 needs_strace = pytest.mark.skipif(
-    shutil.which("strace") is None, reason="strace is not installed: no faults can be injected at system calls"
+    not may_trace(), reason="strace is not installed (apt install strace), or may not trace here: no faults can be injected at system calls"
 )
 CALLS = ("fsync", "rename", "renameat", "write", "openat")  # a machine need not have each: `?` in strace's rules
 
@@ -41,20 +46,11 @@ def test_killed_at_random_moments(times: int, whole: Reference, tmp_path: Path) 
     resumed, killed = 0, 0
     for number in range(times):
         run = whole.copy(tmp_path / f"run-{number}")
-        (pid,) = forked().start("train", run, recipe=whole.recipe)
-        timer = threading.Timer(whole.seconds * (number + moments.random()) / times, _kill, (pid,))
-        timer.start()
-        killed += forked().wait()[0] == -signal.SIGKILL
-        timer.cancel()
+        killed += kill_after(whole.seconds * (number + moments.random()) / times, run, whole) == -signal.SIGKILL
         finish(run, whole)
         resumed += bool(events(run, "resumed"))
     assert killed >= times // 2, "most moments lie within the training"
     assert resumed, "and some of them after a checkpoint"
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def traced(kind: str, run: Path, expected: Reference, rule: str) -> int:
@@ -93,8 +89,9 @@ def sweep(error: str, few: dict[str, int], short: Reference, tmp_path: Path) -> 
             if error.startswith("signal"):
                 assert code == -signal.SIGKILL, log_of(run)
             else:
-                assert code in (0, 1), log_of(run)
                 told = log_of(run)
+                # 2: the bar that transformers draws while it reads weights could not be written, into a log on the full disk.
+                assert code in (0, 1) or (code == 2 and "the weights cannot be read" in told), told
                 assert code == 0 or "No space left on device" in told or call == "openat", told
             if code != 0:
                 _no_torn_checkpoint(run, short)
@@ -146,6 +143,30 @@ def prepare_sweep(few: dict[str, int], short: Reference, tmp_path: Path) -> None
             assert {path.name: hash_file(path) for path in (run / "data").glob("[!.]*")} == wanted
             assert json.loads((run / "run.json").read_text())["steps"]["prepare"]["state"] == "done"
             shutil.rmtree(run)
+
+
+def test_what_was_being_written_is_swept_and_nothing_else(short: Reference, tmp_path: Path) -> None:
+    """A run that was killed before it had a recipe, and one that died in the middle of files: begun, or gone on with. Others' files stay."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".recipe.yaml.abcd1234.tmp").write_text("torn")
+    (run / "lock").touch()
+    assert forked().run("prepare", run, recipe=short.recipe) == 0, log_of(run)
+    assert not (run / ".recipe.yaml.abcd1234.tmp").exists()
+    left = [run / ".run.json.00000000.tmp", run / "data" / ".train.jsonl.k3j_9zzz.tmp", run / ".adapter.x8x8x8x8.tmp" / "weights"]
+    left[2].parent.mkdir()
+    kept = [run / "mine.tmp", run / ".mine.tmp"]
+    for path in (*left, *kept):
+        path.write_text("x")
+    assert forked().run("prepare", run, recipe=short.recipe) == 0, log_of(run)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.doc").write_text("mine")
+    assert forked().run("prepare", other, recipe=short.recipe) == 2
+    assert "is not empty and not a run" in log_of(other)
+    assert (other / "thesis.doc").exists()
 
 
 @needs_strace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 from forked import Reference, events, finish, forked, kill_after, log_of, reference
 
+from burnish.errors import ModelError
+from burnish.models import load_base
+from burnish.recipe import build_recipe
+from burnish.run import Run
 from conftest import colour_rows, tiny_config
 
 SYSTEM = "Say the thing first and the colour after it; say nothing else, whatever the question is about."  # long enough to be computed once
@@ -51,6 +56,12 @@ def whole_of(tiny_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPat
         if kind == "qlora":
             pytest.importorskip("bitsandbytes", reason="needs the extra `quantized`")
             model = wider(tmp_path_factory.mktemp("wider"), tokenizer)
+            try:
+                load_base(
+                    build_recipe({"model": {"name": str(model), "dtype": "float32"}, "data": "x.jsonl", "training": {"method": "qlora"}})
+                )
+            except ModelError as problem:
+                pytest.skip(f"nothing here holds a base in 4 bits: {problem}")
         if kind not in made:
             folder = tmp_path_factory.mktemp("kind")
             sections, data = KINDS[kind]
@@ -90,6 +101,18 @@ def test_killed_paused_and_gone_on_with(kind: str, whole_of: Callable[[str], Ref
     assert ("frozen_layers_cached" in summary) == ("cached" in kind), "it was the kind that was meant"
     assert bool(summary["replayed_per_epoch"]) == ("replay" in kind)
     assert any("kl" in row for row in whole.rows) == ("KL" in kind)
+
+
+def test_a_lost_cache_of_frozen_layers_is_told(whole_of: Callable[[str], Reference], tmp_path: Path) -> None:
+    """What is computed again may be rounded otherwise: nobody promises bits then."""
+    whole = whole_of("frozen layers cached")
+    run = whole.copy(tmp_path / "run")
+    assert forked().run("train", run, recipe=whole.recipe, at_step=[5, "KILL"]) == -signal.SIGKILL
+    shutil.rmtree(Run(run).frozen_folder)
+    assert forked().run("train", run, recipe=whole.recipe, at_step=[8, "KILL"]) == -signal.SIGKILL
+    assert [(event["at_step"], event["bit_exact"]) for event in events(run, "frozen_cache_lost")] == [(3, False)]
+    assert forked().run("train", run, recipe=whole.recipe) == 0, log_of(run)
+    assert len(events(run, "frozen_cache_lost")) == 1, "the second time it was there"
 
 
 @pytest.mark.long

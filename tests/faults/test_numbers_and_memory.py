@@ -160,6 +160,28 @@ def test_an_exploding_loss_is_written_down_and_is_no_error(prepared: Callable[..
     assert all(row["loss"] > 1e11 for row in steps_of(run))
 
 
+@pytest.mark.parametrize(("rate", "diverges"), [(1e4, False), (1e30, True)])
+def test_a_rate_a_million_times_too_high(
+    rate: float, diverges: bool, prepared: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is made up here: the weights explode by themselves. Whatever comes of it, no 0 is logged and nothing that is not finite is kept."""
+    run = prepared()
+    monkeypatch.setattr("burnish.training.loop.learning_rate_at", lambda *_: rate)  # a recipe refuses more than 10
+    if diverges:
+        with pytest.raises(TrainingError, match="diverged") as caught:
+            pipeline.train(run)
+        assert caught.value.code == "diverged"
+        assert not run.adapter_folder.exists()
+    else:
+        pipeline.train(run)
+    rows = steps_of(run)
+    assert all(row["loss"] is None or (math.isfinite(row["loss"]) and row["loss"] > 0) for row in rows)
+    from safetensors.torch import load_file
+
+    for file in [*run.checkpoints_folder.rglob("*.safetensors"), *run.adapter_folder.rglob("*.safetensors")]:
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values() if tensor.is_floating_point()), file
+
+
 def test_a_validation_that_is_not_finite_is_refused(prepared: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared()
     objective = use(monkeypatch)

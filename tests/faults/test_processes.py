@@ -22,6 +22,7 @@ from burnish.training.launch import launch
 # A worker without torch: it beats once a step, as a training does, and does what FAULT says in its third step, if it is the last rank.
 WORKER = """
 import os, signal, sys, time
+open(sys.argv[2], "a").write(f"{os.getpid()}\\n")
 beat, rank, size = int(os.environ["BURNISH_BEAT"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
@@ -32,7 +33,9 @@ for step in range(200 if fault == "none" else 10**9):
         if fault == "hang": os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "die": os.kill(os.getpid(), signal.SIGKILL)
         if fault == "fail": sys.exit(2)
-    time.sleep(0.005)
+    time.sleep(0.6 if fault == "slow" else 0.005)
+    if told and fault == "deaf": continue
+    if told and fault == "slow": time.sleep(0.6)
     if told: sys.exit(143)
 """
 
@@ -90,6 +93,18 @@ def test_another_number_of_processes_goes_on_and_says_so(whole: Reference, tmp_p
     assert losses(rows, "tokens") == losses(whole.rows, "tokens"), "the same examples, each once"
 
 
+def test_fewer_processes_go_on_and_say_so(whole: Reference, tmp_path: Path) -> None:
+    run = whole.copy(tmp_path / "run")
+    forked().start("train", run, recipe=whole.recipe, processes=2, at_step=[7, "TERM"])
+    assert forked().wait() == [143, 143], log_of(run)
+    assert forked().run("train", run, recipe=whole.recipe) == 0, log_of(run)
+    (event,) = events(run, "conditions_changed")
+    assert (event["changed"], event["bit_exact"]) == ({"world_size": [2, 1]}, False)
+    rows, _ = outcome(run)
+    assert losses(rows) == pytest.approx(losses(whole.rows), rel=2e-4)
+    assert losses(rows, "tokens") == losses(whole.rows, "tokens"), "the same examples, each once"
+
+
 def test_the_others_leave_where_there_is_nothing_to_do(whole: Reference, tmp_path: Path) -> None:
     run = whole.copy(tmp_path / "run")
     assert forked().run("train", run, recipe=whole.recipe) == 0
@@ -107,25 +122,64 @@ def worker(tmp_path: Path) -> list[str]:
     return [sys.executable, "-S", str(file)]
 
 
+def launched(worker: list[str], fault: str, processes: int, **named: Any) -> int:
+    """`launch`; afterwards none of its processes is left."""
+    pids = Path(worker[-1] + ".pids")
+    pids.unlink(missing_ok=True)
+    try:
+        return launch([*worker, fault, str(pids)], processes, **named)
+    finally:
+        found = [int(line) for line in pids.read_text().split()]
+        assert len(found) == processes
+        for pid in found:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
 def test_the_launcher_waits_for_all(worker: list[str]) -> None:
-    assert launch([*worker, "none"], 3) == 0
+    assert launched(worker, "none", 3) == 0
 
 
 def test_a_process_that_hangs_ends_all(worker: list[str]) -> None:
     with pytest.raises(TrainingError, match=r"hanging: process 2 \(halted by a signal\) of 3.*the same command goes on") as caught:
-        launch([*worker, "hang"], 3, least_seconds=0.5)
+        launched(worker, "hang", 3, least_seconds=0.5)
     assert caught.value.code == "hanging"
 
 
+def test_how_long_is_too_long() -> None:
+    """Ten median steps, where that is longer than the least; half an hour until the first sign of life."""
+    from burnish.training import launch as module
+
+    def silent_for(seconds: float, *, steps: list[float], begun: bool = True) -> list[Any]:
+        child: Any = type("Child", (), {"pid": os.getpid()})
+        return [module._Process(0, child, -1, time.monotonic() - seconds, begun=begun, steps=steps)]
+
+    module._refuse_hanging(silent_for(59, steps=[1.0]), 60)
+    module._refuse_hanging(silent_for(99, steps=[10.0, 10.0, 500.0]), 60)
+    module._refuse_hanging(silent_for(1700, steps=[], begun=False), 60)
+    for seconds, steps, begun in ((61, [1.0], True), (101, [10.0, 10.0, 500.0], True), (1801, [], False)):
+        with pytest.raises(TrainingError, match="hanging: process 0 of 1"):
+            module._refuse_hanging(silent_for(seconds, steps=steps, begun=begun), 60)
+
+
 def test_a_process_that_dies_or_fails_ends_all(worker: list[str]) -> None:
-    assert launch([*worker, "die"], 3) in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
-    assert launch([*worker, "fail"], 3) in (2, 128 + signal.SIGTERM)
+    assert launched(worker, "die", 3) in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
+    assert launched(worker, "fail", 3) in (2, 128 + signal.SIGTERM)
 
 
 def test_a_stop_reaches_all(worker: list[str]) -> None:
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert launch([*worker, "forever"], 2) == 143
+    assert launched(worker, "forever", 2) == 143
+
+
+def test_a_stop_waits_for_the_step_under_way_and_not_for_ever(worker: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grace is for saving; a step that takes longer than that is finished, too. Who does not listen is killed."""
+    monkeypatch.setattr("burnish.training.launch._GRACE_SECONDS", 0.2)
+    for fault, code in (("slow", 143), ("deaf", 128 + signal.SIGKILL)):
+        timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        assert launched(worker, fault, 2) == code
 
 
 def test_the_command_of_a_process_does_not_launch_again() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
+import re
+import select
 import shlex
 import signal
 import subprocess
@@ -12,9 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import Reference, events, finish, forked, log_of, outcome, reference
+from forked import Reference, events, finish, forked, kill_after, log_of, outcome, reference
 
 from burnish.run import Run
+from burnish.training.checkpoint import read_checkpoint
 from burnish.training.interrupt import asked_to_stop
 
 
@@ -64,6 +68,32 @@ def race(times: int, whole: Reference, tmp_path: Path) -> None:
         assert outcome(run) == (whole.rows, whole.adapter)
 
 
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_stopped_at_random_moments(times: int, whole: Reference, tmp_path: Path) -> None:
+    """Spot instances give no choice of the moment. Before the first step there is nothing to save: the process just ends."""
+    moments, saved = random.Random(times), 0
+    for number in range(times):
+        run = whole.copy(tmp_path / f"run-{number}")
+        code = kill_after(whole.seconds * (number + moments.random()) / times, run, whole, signal.SIGTERM)
+        saved += code == 143
+        if code == 143:
+            assert events(run, "step_stopped")
+        finish(run, whole)
+    assert saved >= times // 4
+
+
+def test_a_slow_save_is_finished(whole: Reference, tmp_path: Path) -> None:
+    """SIGTERM at the first file of a checkpoint, on a disk that takes a tenth of a second for each fsync."""
+    run = whole.copy(tmp_path / "run")
+    assert forked().run("train", run, recipe=whole.recipe, fsync=[60, "slow-TERM"]) == 143, log_of(run)
+    (event,) = events(run, "step_stopped")
+    assert "saved in" in event["error"]
+    (step,) = [int(found) for found in re.findall(r"stopped after step (\d+) of", event["error"])]
+    read_checkpoint(run / "checkpoints" / f"step-{step:08d}")
+    finish(run, whole)
+    assert [event["at_step"] for event in events(run, "resumed")] == [step], "no step is done twice"
+
+
 def test_stopped_in_the_middle_of_a_save(whole: Reference, tmp_path: Path) -> None:
     race(8, whole, tmp_path)
 
@@ -95,6 +125,37 @@ def test_the_command_saves_on_ctrl_c_and_prints_how_to_go_on(whole: Reference, t
     assert forked().run("cli", run, arguments=command[1:]) == 0, log_of(run)
     assert outcome(run) == (whole.rows, whole.adapter)
     assert [event["at_step"] for event in events(run, "resumed")] == [9]
+
+
+@pytest.mark.long
+def test_ctrl_c_in_a_terminal(whole: Reference, tmp_path: Path) -> None:
+    """The key itself, in a terminal of its own, with the progress bars that are shown there."""
+    run = whole.copy(tmp_path / "run")
+    arguments = [sys.executable, "-m", "burnish", "train", str(run), "--run", str(run)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, arguments, {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"})
+    text = ""
+    while not (run / "checkpoints" / "step-00000003").exists():
+        part = _read(terminal)
+        text += part
+        assert part, text
+    os.write(terminal, b"\x03")
+    while part := _read(terminal):
+        text += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, text
+    (line,) = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines() if "go on with:" in line]
+    assert shlex.split(line.partition("go on with:")[2])[1:] == arguments[3:]
+    assert "Traceback" not in text
+    finish(run, whole)
+
+
+def _read(terminal: int) -> str:
+    """What the terminal shows; nothing at its end."""
+    try:
+        return os.read(terminal, 65536).decode(errors="replace") if select.select([terminal], [], [], 0.05)[0] else " "
+    except OSError:  # Linux: the other side was closed
+        return ""
 
 
 def test_the_command_to_go_on_does_not_delete_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from burnish.training.progress import Batching, Hooks, Progress
 from burnish.training.proof import prove
 from burnish.training.rate import RangeTest, range_test
 from burnish.training.ready import equip, order_of, rows_of, start_state, tokens_key
-from burnish.training.recovery import peak_memory_bytes
+from burnish.training.recovery import memory_errors, peak_memory_bytes
 from burnish.training.stages import (
     BASE,
     MEASURED_ROWS,
@@ -49,6 +49,7 @@ from burnish.training.trial import trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
+@memory_errors()
 def train(
     run: Run,
     dataset: Dataset,
@@ -111,6 +112,14 @@ def train(
             start.progress["at_once"] = at_once
             event("less_memory", at_once=at_once, bit_exact=False)
             tell("memory", 0, 0, f"{at_once} examples at once from here on, as memory asks for: the result is right, but not bit-exact")
+        if start is not None and (cache := objective.paths.cache) is not None and cache.new:
+            event("frozen_cache_lost", at_step=int(start.progress["step"]), bit_exact=False)
+            tell(
+                "frozen cache",
+                0,
+                0,
+                "what was kept is gone (the machine was started anew?) and is computed again: right, but perhaps not bit-exact",
+            )
         batching = Batching(at_once=at_once, order=order_of(objective, items, recipe))
         before = time.monotonic() - began
         try:

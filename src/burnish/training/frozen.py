@@ -53,7 +53,8 @@ class FrozenCache:
         self.depth, self.folder = depth, folder
         size = int(self.inner.config.get_text_config().hidden_size)
         dtype = next(self.inner.parameters()).dtype
-        if not holds(folder, key):
+        self.new = not holds(folder, key)
+        if self.new:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             with (folder / "hidden.bin").open("wb") as file:

@@ -21,7 +21,7 @@ from burnish.training.interrupt import asked_to_stop
 LEAST_SECONDS = 60.0  # without a sign of life before a process counts as hanging
 _TIMES_MEDIAN = 10  # or so many median steps, where that is longer
 _START_SECONDS = 1800.0  # until the first sign of life: a large model is being loaded, or downloaded
-_GRACE_SECONDS = 30.0  # to save after being told to stop
+_GRACE_SECONDS = 30.0  # to save after being told to stop, besides the step that is under way
 _LOOK_SECONDS = 0.2
 
 
@@ -77,7 +77,7 @@ def _watch(processes: list[_Process], least_seconds: float, stop: Callable[[], i
                     selector.unregister(key.fd)
             failed = next((p for p in processes if p.child.poll() not in (None, 0)), None)
             if stop() is not None and not told:
-                told, deadline = True, time.monotonic() + _GRACE_SECONDS
+                told, deadline = True, time.monotonic() + _GRACE_SECONDS + 2 * _usual_step(processes)
                 _tell(running, signal.SIGTERM)
             elif failed is not None and not told:
                 # The others wait for it in vain.
@@ -112,8 +112,7 @@ def _read(process: _Process) -> bool:
 def _refuse_hanging(running: Sequence[_Process], least_seconds: float) -> None:
     now = time.monotonic()
     for process in running:
-        steps = [seconds for other in running for seconds in other.steps]
-        usual = statistics.median(steps) if steps else 0.0
+        usual = _usual_step(running)
         limit = max(least_seconds, _TIMES_MEDIAN * usual) if process.begun else _START_SECONDS
         if now - process.last > limit:
             halted = [f"{other.rank} (halted by a signal)" for other in running if _is_halted(other.child.pid)]
@@ -123,6 +122,12 @@ def _refuse_hanging(running: Sequence[_Process], least_seconds: float) -> None:
                 "killed; the last checkpoint is kept, and the same command goes on from there",
                 code="hanging",
             )
+
+
+def _usual_step(processes: Sequence[_Process]) -> float:
+    """The median step of all processes in seconds; 0 before the second."""
+    steps = [seconds for process in processes for seconds in process.steps]
+    return statistics.median(steps) if steps else 0.0
 
 
 def _is_halted(pid: int) -> bool:

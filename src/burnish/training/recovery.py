@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from burnish.errors import TrainingError
 from burnish.training import distributed
 from burnish.training.checkpoint import State, weights_digest
 from burnish.training.progress import Diverged, Progress, Work
-from burnish.training.step import follow, free_memory, load_tensors, share_state, state_of
+from burnish.training.step import follow, free_memory, is_out_of_memory, load_tensors, share_state, state_of
 
 _DISK = ("insufficient_storage", "unwritable")
 
@@ -67,6 +68,21 @@ def split_smaller(work: Work, items: Sequence[Any], problem: str) -> None:
     work.hooks.tell(
         "out of memory", 0, 0, f"{before} examples at once did not fit: {progress.at_once} from here on; a step stays what it is"
     )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Memory that ends where nothing can be split (a model being read, a checkpoint, the proof) as an error with numbers."""
+    try:
+        yield
+    except Exception as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise TrainingError(
+            f"out_of_memory: {str(problem)[:200] or type(problem).__name__}; {peak_memory_bytes() / 1e9:.1f} GB were in use at the most. Free memory, lower "
+            "data.max_length or lora.rank, or take a smaller model; what was saved is kept, and the same command goes on from there",
+            code="out_of_memory",
+        ) from problem
 
 
 def keep_best(work: Work) -> None:
