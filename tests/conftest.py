@@ -53,11 +53,12 @@ def chat(tokenizer: Any) -> Any:
     return make_chat(tokenizer, "plain")
 
 
-def tiny_config(family: str, vocabulary: int) -> Any:
+def tiny_config(family: str, vocabulary: int, hidden: int = 32) -> Any:
     from transformers import Gemma3TextConfig, LlamaConfig
 
     shared = {
-        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 3,
+        "num_attention_heads": hidden // 8, "num_key_value_heads": hidden // 16,
         "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     }  # fmt: skip
     if family == "gemma3":
@@ -66,13 +67,13 @@ def tiny_config(family: str, vocabulary: int) -> Any:
     return LlamaConfig(**shared, head_dim=8)
 
 
-def build_tiny(family: str, tokenizer: Any) -> Any:
-    """A tiny random model in float32. Its weights are larger than usual, so that answers differ between prompts."""
+def build_tiny(family: str, tokenizer: Any, hidden: int = 32) -> Any:
+    """A tiny random model in float32. Its weights are larger than usual, so that answers differ between prompts. 4 bits need rows of 64 weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer), hidden))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -99,6 +100,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pat
     build_tiny("llama", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The tiny Llama with rows that divide into blocks of 64 weights: every linear layer goes into 4 bits."""
+    folder = tmp_path_factory.mktemp("wide-llama")
+    build_tiny("llama", tokenizer, hidden=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The wide tiny Llama as a .gguf file in 4-bit blocks."""
+    from tiny_gguf import write_gguf
+
+    return write_gguf(tmp_path_factory.mktemp("tiny-gguf"), tokenizer)
 
 
 def colour_rows(n: int, start: int = 0) -> list[dict[str, Any]]:

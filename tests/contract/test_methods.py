@@ -60,7 +60,8 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_method(family: str, method: str, layers: str, tokenizer: Any, chat: Any, tmp_path: Path) -> None:
-    recipe, base = recipe_for(method, LAYERS[layers]), build_tiny(family, tokenizer)
+    hidden = 64 if method == "qlora" else 32
+    recipe, base = recipe_for(method, LAYERS[layers]), build_tiny(family, tokenizer, hidden)
     if method == "qlora":
         pytest.importorskip("bitsandbytes", reason="needs the extra `quantized`")
         base = quantize(base, "bitsandbytes")
@@ -88,10 +89,10 @@ def test_method(family: str, method: str, layers: str, tokenizer: Any, chat: Any
     else:
         from peft import PeftModel
 
-        fresh = build_tiny(family, tokenizer)
+        fresh = build_tiny(family, tokenizer, hidden)
         again = PeftModel.from_pretrained(quantize(fresh, "bitsandbytes") if method == "qlora" else fresh, folder).eval()
     torch.testing.assert_close(logits(again), after, rtol=1e-5, atol=1e-5)
-    fresh = build_tiny(family, tokenizer)
+    fresh = build_tiny(family, tokenizer, hidden)
     ours = load_adapter(quantize(fresh, "bitsandbytes") if method == "qlora" else fresh, folder, "b")
     torch.testing.assert_close(logits(ours), after, rtol=1e-5, atol=1e-5)
 
@@ -169,19 +170,19 @@ def test_unknown_modules_are_named(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_trained_weights_live_in_the_compute_type_and_come_back_through_the_recipe(
-    method: str, tokenizer: Any, chat: Any, tiny_folder: Path, tmp_path: Path
+    method: str, chat: Any, wide_folder: Path, tmp_path: Path
 ) -> None:
     from burnish.models import load_base, weights_hash
 
     if method == "qlora":
         pytest.importorskip("bitsandbytes", reason="needs the extra `quantized`")
-    content = recipe_for(method).to_dict() | {"model": {"name": str(tiny_folder), "dtype": "bfloat16"}}
+    content = recipe_for(method).to_dict() | {"model": {"name": str(wide_folder), "dtype": "bfloat16"}}
     recipe = build_recipe(content)
     model = METHODS[method](load_base(recipe), recipe)
     assert {p.dtype for p in trainable_parameters(model).values()} == {torch.bfloat16}
     assert is_quantized(model) == (method == "qlora")
     trained(model, recipe)
-    save_trained(model, chat, tmp_path / "out", {"step": 3, "base_sha256": weights_hash(str(tiny_folder)), "method": method})
+    save_trained(model, chat, tmp_path / "out", {"step": 3, "base_sha256": weights_hash(str(wide_folder)), "method": method})
     torch.testing.assert_close(logits(load_trained(recipe, tmp_path / "out")), logits(model), rtol=0, atol=0)
     with pytest.raises(ModelError, match="other base weights"):
         load_adapter(model, tmp_path / "out", "another")

@@ -22,11 +22,11 @@ IDS = torch.tensor([[1, 5, 6, 7, 30, 31, 40]])
 
 
 @pytest.fixture
-def recipe_for(tiny_folder: Path, write_rows: Callable[..., Path]) -> Callable[..., Recipe]:
+def recipe_for(tiny_folder: Path, wide_folder: Path, write_rows: Callable[..., Path]) -> Callable[..., Recipe]:
     def make(method: str, **training: Any) -> Recipe:
         return build_recipe(
             {
-                "model": {"name": str(tiny_folder), "dtype": "float32"},
+                "model": {"name": str(wide_folder if method == "qlora" else tiny_folder), "dtype": "float32"},
                 "data": {"train": str(write_rows(colour_rows(160))), "test_rows": 8, "validation_rows": 8},
                 "training": {"method": method, "max_steps": 6, "learning_rate": 5e-3, "micro_batch_size": 8, **training},
                 "evaluation": {"candidates": ["base", "tuned"], "max_new_tokens": 4, "prompt_forms": ["as_is"], "selection_rows": 4},

@@ -86,9 +86,9 @@ def test_an_adapter_that_the_cast_would_swallow_is_refused(half_folder: Path, ch
         merge_adapter(recipe, tmp_path / "adapter", chat, tmp_path / "merged", PROBE)
 
 
-def test_an_adapter_of_a_four_bit_base_is_another_model_when_merged(tiny_folder: Path, chat: Any, tmp_path: Path) -> None:
+def test_an_adapter_of_a_four_bit_base_is_another_model_when_merged(wide_folder: Path, chat: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra `quantized`")
-    recipe, model = adapter("qlora", tiny_folder, chat, tmp_path / "adapter")
+    recipe, model = adapter("qlora", wide_folder, chat, tmp_path / "adapter")
     told: list[str] = []
     found = merge_adapter(recipe, tmp_path / "adapter", chat, tmp_path / "merged", PROBE, lambda *parts: told.append(parts[3]))
     assert any("not the same model" in text for text in told)

@@ -64,12 +64,12 @@ def decoder_layers(model: Any) -> tuple[str, int]:
 def linear_names(model: Any) -> list[str]:
     """Every linear module but the head: what `lora.target_modules: all-linear` means."""
     head = model.get_output_embeddings()
-    # transformers' Conv1D is GPT-2's linear layer.
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
-    ]
+    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+
+
+def is_linear(module: Any) -> bool:
+    """transformers' Conv1D is GPT-2's linear layer."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def target_names(model: Any, layers: str | Sequence[int], target_modules: str | Sequence[str]) -> list[str]:

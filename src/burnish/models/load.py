@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from burnish.errors import ModelError, missing_extra
 from burnish.models.chat import Chat, make_chat
 from burnish.models.embedded import EMBEDDED, embedded_folder
-from burnish.models.quantize import QUANTIZERS, choose_quantizer, mark_quantized, one_layout, quantize, quantized_layers
+from burnish.models.gguf_file import prove_file
+from burnish.models.layers import is_linear
+from burnish.models.quantize import BLOCK, QUANTIZERS, choose_quantizer, fitting_names, mark_quantized, quantize, quantizer_facts
 from burnish.models.quiet import quiet, uncollected
 from burnish.recipe import ModelSection, Recipe
 from burnish.run import hash_file, hash_of
@@ -79,18 +81,31 @@ def load_base(recipe: Recipe, tell: Tell = silent, *, quantizer: str | None = No
         raise ModelError(f"{recipe.model.name}: trained on the weights of a .gguf file, and there is none in {folder}")
     tell("4-bit base", 0, 0, QUANTIZERS[name].title)
     if name == "gguf":
-        return mark_quantized(read_weights(folder, recipe.model, from_gguf=True), name)
-    if name == "torchao" or _gguf(folder):
-        return quantize(read_weights(folder, recipe.model), name)
-    # Through transformers each weight is quantised as it is read: a large base never stands in memory in 16 bits.
-    device, dtype = resolve_device(recipe.model.device), resolve_dtype(recipe.model.dtype, resolve_device(recipe.model.device))
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, dtype)
-    )
-    loaded = mark_quantized(read_weights(folder, recipe.model, quantization_config=config, device_map={"": device}), name)
-    for layer in quantized_layers(loaded).values():
-        one_layout(layer)
+        loaded = mark_quantized(read_weights(folder, recipe.model, from_gguf=True), name)
+    elif name == "torchao" or _gguf(folder):
+        loaded = quantize(read_weights(folder, recipe.model), name)
+    else:
+        loaded = mark_quantized(_read_in_4_bits(folder, recipe.model), name)
+    if whole := quantizer_facts(loaded).get("unquantized_layers"):
+        tell("4-bit base", 0, 0, f"{whole} linear layers stay as they are: their rows do not divide into blocks of {BLOCK} weights")
     return loaded
+
+
+def _read_in_4_bits(folder: Path, model: ModelSection) -> Any:
+    """By bitsandbytes through transformers: each weight is quantised as it is read, so a large base never stands in memory in 16 bits."""
+    device = resolve_device(model.device)
+    with torch.device("meta"), quiet():
+        shell = AutoModelForCausalLM.from_config(_config(folder), trust_remote_code=False)
+    fitting = set(fitting_names(shell))
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, resolve_dtype(model.dtype, device)),
+        # Our list takes the place of transformers' own: the head is on it, too.
+        llm_int8_skip_modules=[path for path, module in shell.named_modules() if is_linear(module) and path not in fitting],
+    )
+    return read_weights(folder, model, quantization_config=config, device_map={"": device})
 
 
 def quantizer_for(recipe: Recipe) -> str | None:
@@ -122,6 +137,8 @@ def read_weights(folder: Path, model: ModelSection, *, from_gguf: bool = False, 
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         raise ModelError(f"{model.name}: the weights cannot be read: {str(problem)[:400]}") from problem
     loaded.requires_grad_(False)
+    if source:
+        prove_file(loaded, folder / source["gguf_file"])
     return loaded.eval() if "device_map" in options else loaded.eval().to(device)
 
 
