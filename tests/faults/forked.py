@@ -268,8 +268,10 @@ def _wait_for_tracer() -> None:
 def _limit_memory(number: int, share: float) -> None:
     """Once the row of a step is written: `ulimit -v`, with room for a share of what the largest step so far took."""
     import burnish.training.metrics as metrics
+    import burnish.training.ready as ready
 
     real = metrics.append_line
+    ready.keep_freed_memory = lambda: None
     ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, so that steps are alike
 
     def append(path: Path, row: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ def test_every_condition_is_looked_at(run: Path) -> None:
         "world_size", "model.dtype", "engine.length_buckets", "versions.burnish", "versions.torch", "versions.transformers", "versions.tokenizers",
         "versions.peft", "versions.numpy", "versions.python", "machine.threads",
     } <= fingerprint.keys()  # fmt: skip
-    places = {"world_size", "model.device", "machine.threads", "machine.instructions", "machine.gpu"}
+    places = {"world_size", "model.device", "machine.threads", "machine.instructions", "machine.kernels", "machine.gpu"}
     for field in fingerprint:
         told: list[tuple[str, dict[str, Any]]] = []
         store = store_of(run, told)
