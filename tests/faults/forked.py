@@ -271,7 +271,7 @@ def _limit_memory(number: int, share: float) -> None:
     import burnish.training.ready as ready
 
     real = metrics.append_line
-    ready.keep_freed_memory = lambda: None
+    ready.keep_freed_memory = lambda: None  # what is kept would never be asked for again: no step could fail
     ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, so that steps are alike
 
     def append(path: Path, row: dict[str, Any]) -> None:

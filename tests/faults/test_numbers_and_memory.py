@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -174,8 +173,7 @@ def test_a_rate_a_million_times_too_high(
         assert caught.value.code == "diverged"
         assert not run.adapter_folder.exists()
     else:
-        with contextlib.suppress(TrainingError):  # it may diverge, where the squares of such numbers overflow
-            pipeline.train(run)
+        pipeline.train(run)
     rows = steps_of(run)
     assert all(row["loss"] is None or (math.isfinite(row["loss"]) and row["loss"] > 0) for row in rows)
     from safetensors.torch import load_file

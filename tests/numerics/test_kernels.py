@@ -117,7 +117,7 @@ def test_softmax(kernels: Kernels, dtype: torch.dtype, first: int, window: int |
     found, log_sums = scores.clone(), torch.empty(batch * tokens * group)
     kernels.softmax(found, 0.3, log_sums, tokens, first, window)
     near(found, expected.detach(), dtype)
-    near(log_sums.view(batch, -1), logits.detach().logsumexp(-1), torch.float32)
+    near(0.3 * log_sums.view(batch, -1), logits.detach().logsumexp(-1), torch.float32)
     shares, of_scores = scores.clone(), above.clone()
     kernels.softmax_back(shares, of_scores, 0.3, log_sums, tokens, first, window)
     assert wide.grad is not None
@@ -170,6 +170,34 @@ def test_nan_stays(kernels: Kernels) -> None:
     scores = torch.full((1, 4, 4), torch.nan)
     kernels.softmax(scores, 1.0, torch.empty(4), 4, 0, None)
     assert scores[0, 3].isnan().all()
+
+
+def test_rows_whose_squares_overflow(kernels: Kernels) -> None:
+    """1 ÷ their root mean square is 0: the norm and its gradient are 0, as torch's own are, and not 0 · infinity."""
+    x, above = torch.full((2, 1, 32), 1e25), torch.full((2, 1, 32), 1e20)
+    turn = (torch.ones(2, 32), torch.zeros(2, 32))
+    for found, scale in (kernels.rms_norm(x, torch.ones(32), 1e-6, 0.0), kernels.norm_and_turn(x, torch.ones(32), 1e-6, 0.0, *turn)):
+        assert not scale.any()
+        assert not found.any()
+        assert not kernels.rms_norm_back(above, x, torch.ones(32), 0.0, scale).any()
+        assert not kernels.norm_and_turn_back(above, x, torch.ones(32), 0.0, scale, *turn).any()
+
+
+def test_scores_as_large_as_numbers_get(kernels: Kernels) -> None:
+    """At 1e20 a multiply-add's rounding is larger than any power of e: what is subtracted must have been rounded like what it is subtracted from."""
+    scores, above = 1e20 * torch.randn(1, 8, 8), torch.randn(1, 8, 8)
+    wide = scores.clone().requires_grad_()
+    future = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    expected = (wide * 0.3).masked_fill(future, -torch.inf).softmax(-1)
+    expected.backward(above)
+    assert wide.grad is not None
+    found, log_sums = scores.clone(), torch.empty(8)
+    kernels.softmax(found, 0.3, log_sums, 8, 0, None)
+    torch.testing.assert_close(found, expected.detach())
+    shares, of_scores = scores.clone(), above.clone()
+    kernels.softmax_back(shares, of_scores, 0.3, log_sums, 8, 0, None)
+    torch.testing.assert_close(shares, expected.detach())
+    torch.testing.assert_close(of_scores, wide.grad)
 
 
 def test_the_number_of_threads_changes_nothing(kernels: Kernels) -> None:

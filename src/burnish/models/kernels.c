@@ -90,7 +90,8 @@ void FN(rms_norm)(const T *x, const T *w, float offset, float epsilon, T *y, flo
     }
 }
 
-/* d loss / d x = scale · (slope − normed · mean(slope · normed)), slope = above · (offset + w), normed = x · scale */
+/* d loss / d x = scale · (slope − normed · mean(slope · normed)), slope = above · (offset + w), normed = x · scale: multiplied first, so that a row whose
+ * squares overflow (scale 0) has a gradient of 0 and not of 0 · infinity */
 void FN(rms_norm_back)(const T *above, const T *x, const T *w, float offset, const float *scale, T *of_x, long rows, long size) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; row++) {
@@ -98,10 +99,10 @@ void FN(rms_norm_back)(const T *above, const T *x, const T *w, float offset, con
         T *out = of_x + row * size;
         float s = scale[row], inner = 0.0f;
 #pragma omp simd reduction(+ : inner)
-        for (long i = 0; i < size; i++) inner += LOAD(up[i]) * (offset + LOAD(w[i])) * LOAD(in[i]);
-        inner = inner * s * s / (float)size;
+        for (long i = 0; i < size; i++) inner += LOAD(up[i]) * (offset + LOAD(w[i])) * (LOAD(in[i]) * s);
+        inner /= (float)size;
 #pragma omp simd
-        for (long i = 0; i < size; i++) out[i] = STORE(s * (LOAD(up[i]) * (offset + LOAD(w[i])) - LOAD(in[i]) * inner));
+        for (long i = 0; i < size; i++) out[i] = STORE(s * (LOAD(up[i]) * (offset + LOAD(w[i])) - LOAD(in[i]) * s * inner));
     }
 }
 
@@ -161,11 +162,11 @@ void FN(norm_and_turn_back)(const T *above, const T *x, const T *w, float offset
 #pragma omp simd reduction(+ : inner)
             for (long i = 0; i < size; i++) {
                 turned[i] *= offset + LOAD(w[i]);
-                inner += turned[i] * LOAD(in[i]);
+                inner += turned[i] * (LOAD(in[i]) * s);
             }
-            inner = inner * s * s / (float)size;
+            inner /= (float)size;
 #pragma omp simd
-            for (long i = 0; i < size; i++) out[i] = STORE(s * (turned[i] - LOAD(in[i]) * inner));
+            for (long i = 0; i < size; i++) out[i] = STORE(s * (turned[i] - LOAD(in[i]) * s * inner));
         }
         free(turned);
     }
@@ -200,7 +201,8 @@ void FN(gated_back)(int kind, const T *gate, const T *up, T *above, T *inner, T 
 }
 
 /* Scores become probabilities. scores: (batch, tokens, group, keys), raw products; token i sees keys first + i − window + 1 … first + i.
- * log_sums: (batch, tokens, group), log Σ exp(scale · score). */
+ * log_sums: (batch, tokens, group), log Σ exp(scale · score) / scale: in units of the scores, and always subtracted before the multiplication, since
+ * a fused multiply-add of scores near 1e20 would be off by far more than e's largest power. */
 void FN(softmax)(T *scores, float scale, float *log_sums, long batch, long tokens, long group, long keys, long first, long window) {
 #pragma omp parallel
     {
@@ -215,10 +217,9 @@ void FN(softmax)(T *scores, float scale, float *log_sums, long batch, long token
                 float value = LOAD(s[j]);
                 most = value > most ? value : most;
             }
-            most *= scale;
 #pragma omp simd reduction(+ : sum)
-            for (long j = begin; j <= last; j++) sum += powers[j] = exponential(LOAD(s[j]) * scale - most);
-            log_sums[row] = most + logf(sum);
+            for (long j = begin; j <= last; j++) sum += powers[j] = exponential((LOAD(s[j]) - most) * scale);
+            log_sums[row] = most + logf(sum) / scale;
             float share = 1.0f / sum;
             for (long j = 0; j < begin; j++) s[j] = STORE(0.0f);
 #pragma omp simd
@@ -242,7 +243,7 @@ void FN(softmax_back)(T *scores, T *above, float scale, const float *log_sums, l
             float sum = log_sums[row], inner = 0.0f;
 #pragma omp simd reduction(+ : inner)
             for (long j = begin; j <= last; j++) {
-                shares[j] = exponential(LOAD(s[j]) * scale - sum);
+                shares[j] = exponential((LOAD(s[j]) - sum) * scale);
                 inner += shares[j] * LOAD(up[j]);
             }
             for (long j = 0; j < begin; j++) s[j] = up[j] = STORE(0.0f);

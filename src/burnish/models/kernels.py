@@ -36,13 +36,13 @@ _SIGNATURES = {
     "rms_norm": "ppffppll",
     "rms_norm_back": "pppfppll",
     "norm_and_turn": "ppffpppplll",
-    "norm_and_turn_back": "pppfpppp" "lll",
+    "norm_and_turn_back": "pppfpppplll",
     "gated": "lpppl",
     "gated_back": "lpppppl",
     "softmax": "pfpllllll",
     "softmax_back": "ppfpllllll",
     "join_logits": "ppppll",
-    "logit_slopes": "pppppll" "l",
+    "logit_slopes": "ppppplll",
     "to_bytes": "pppll",
     "scale_rows": "pppll",
 }  # fmt: skip
@@ -111,7 +111,10 @@ class Kernels:
         return inner, of_gate, above
 
     def softmax(self, scores: Tensor, scale: float, log_sums: Tensor, tokens: int, first: int, window: int | None) -> None:
-        """Scores (K, tokens · G, S) become probabilities; token i sees keys first + i − window + 1 … first + i. log_sums: (K · tokens · G,)."""
+        """Scores (K, tokens · G, S) become probabilities; token i sees keys first + i − window + 1 … first + i.
+
+        log_sums: (K · tokens · G,), log Σ exp(scale · score) / scale.
+        """
         batch, rows, keys = scores.shape
         self._call("softmax", scores, scale, log_sums, batch, tokens, rows // tokens, keys, first, window or keys)
 
