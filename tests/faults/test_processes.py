@@ -15,7 +15,7 @@ import pytest
 from forked import Reference, events, forked, log_of, outcome, reference
 from safetensors.torch import load_file
 
-from burnish.cli import _without
+from burnish.cli.steps import _without
 from burnish.errors import TrainingError
 from burnish.training.launch import launch
 
