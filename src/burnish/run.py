@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from burnish.errors import BurnishError, DataError, RecipeError, Stopped, disk_errors
 from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_recipe
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def tokens_folder(self) -> Path:
-        """The rows as tokens, memory-mapped."""
+        """The rows as tokens."""
         return self.path / "training" / "tokens"
 
     @property
@@ -438,6 +438,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """So many bytes of an open file, wherever it stands. DataError where it has been cut since it was opened."""
+    found = os.pread(file.fileno(), size, start)
+    if len(found) != size:
+        raise DataError(f"{file.name}: {size} bytes expected at {start}, {len(found)} are there: the file was changed while it was in use")
+    return found
 
 
 def fsync_folder(path: Path) -> None:
