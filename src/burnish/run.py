@@ -15,6 +15,9 @@
     ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
     ├── comparison.json        scores, intervals, verdict
+    ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
+    ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
+    ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
     ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
     └── report.html report.json
 
@@ -111,6 +114,29 @@ class Run:
 
     def stage_folder(self, name: str) -> Path:
         return self.path / "stages" / name
+
+    @property
+    def decision_file(self) -> Path:
+        return self.path / "decision.json"
+
+    @property
+    def decision_report_file(self) -> Path:
+        return self.path / "decision.html"
+
+    @property
+    def probe_file(self) -> Path:
+        return self.path / "probe.json"
+
+    @property
+    def probe_folder(self) -> Path:
+        return self.path / "probe"
+
+    @property
+    def bases_file(self) -> Path:
+        return self.path / "bases.json"
+
+    def base_folder(self, name: str) -> Path:
+        return self.path / "bases" / name
 
     @property
     def sweep_file(self) -> Path:

@@ -59,10 +59,10 @@ def scores_figure(candidates: list[dict[str, Any]], subject: str | None, *, perc
 
 
 def differences_figure(comparisons: list[dict[str, Any]], titles: dict[str, str], *, percent: bool, detectable: Any, width: int) -> Markup:
-    """One row per baseline: the paired difference and its interval; the band is what so few rows cannot show."""
+    """One row per pair: the paired difference and its interval; the band is what so few rows cannot show. A pair may bring a `title` of its own."""
     rows = [
         {
-            "title": f"against {titles.get(pair['baseline'], pair['baseline'])}",
+            "title": pair.get("title") or f"against {titles.get(pair['baseline'], pair['baseline'])}",
             "value": pair["difference"],
             "low": pair["low"],
             "high": pair["high"],

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from burnish.report import texts
 from burnish.report.chain import rate_figure, stages_figure
+from burnish.report.decision import decision_view
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
 
 LONG_TEXT, LONGEST_TEXT = 400, 20_000  # characters: folded from here, cut from there
@@ -33,7 +34,8 @@ _FILTERS = (
 
 def render(facts: dict[str, Any]) -> str:
     """The whole page, with style and charts inside."""
-    return environment().get_template("report.html.jinja").render(**facts, view=_view(facts))
+    further = decision_view(facts["decision"]) if facts["decision"] else {}
+    return environment().get_template("report.html.jinja").render(**facts, **further, view=_view(facts))
 
 
 def environment() -> Environment:
