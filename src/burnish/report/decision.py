@@ -31,7 +31,7 @@ def _charts(decision: dict[str, Any], titles: dict[str, str]) -> dict[str, Marku
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
         drawn = {"scores": scores_figure(decision["candidates"], subject, percent=True, width=width)}
         if pairs:
-            drawn["pairs"] = differences_figure(pairs, titles, percent=True, detectable=detectable, width=width)
+            drawn["pairs"] = differences_figure(pairs, percent=True, detectable=detectable, width=width)
         for name, chart in drawn.items():
             charts[name] += Markup('<div class="{}">{}</div>').format(kind, chart)
     return charts

@@ -58,11 +58,11 @@ def scores_figure(candidates: list[dict[str, Any]], subject: str | None, *, perc
     return svg(figure, f"scores-{width}", label)
 
 
-def differences_figure(comparisons: list[dict[str, Any]], titles: dict[str, str], *, percent: bool, detectable: Any, width: int) -> Markup:
-    """One row per pair: the paired difference and its interval; the band is what so few rows cannot show. A pair may bring a `title` of its own."""
+def differences_figure(comparisons: list[dict[str, Any]], *, percent: bool, detectable: Any, width: int) -> Markup:
+    """One row per pair, under its `title`: the paired difference and its interval; the band is what so few rows cannot show."""
     rows = [
         {
-            "title": pair.get("title") or f"against {titles.get(pair['baseline'], pair['baseline'])}",
+            "title": pair["title"],
             "value": pair["difference"],
             "low": pair["low"],
             "high": pair["high"],

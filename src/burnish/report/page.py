@@ -87,11 +87,11 @@ def _view(facts: dict[str, Any]) -> dict[str, Any]:
         "metrics": _metrics(facts["candidates"], facts["verdict"]["metric"]),
         "fields": _fields(facts["fields"] or {}),
         "tried": _tried(facts["baselines"] or {}),
-        "charts": _charts(facts, titles),
+        "charts": _charts(facts),
     }
 
 
-def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
+def _charts(facts: dict[str, Any]) -> dict[str, Markup]:
     verdict = facts["verdict"]
     charts: dict[str, Markup] = {}
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
@@ -101,7 +101,6 @@ def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
             else None,
             "differences": differences_figure(
                 facts["comparisons"],
-                titles,
                 percent=verdict["percent"],
                 detectable=verdict["detectable_difference"],
                 width=width,
