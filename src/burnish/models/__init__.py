@@ -6,7 +6,7 @@ invariant   one function turns messages into tokens for training, evaluation and
 """
 
 import burnish.models.quiet  # noqa: F401 - before anything that speaks when it is imported
-from burnish.models.attention import Segment, attend_by_segment
+from burnish.models.attention import Segment, attend_by_segment, watch_calls, windows_reach
 from burnish.models.chat import IGNORED, Chat, make_chat, tokens_of
 from burnish.models.embed import can_embed, embed
 from burnish.models.facts import licence_of, weights_bytes
@@ -40,5 +40,5 @@ __all__ = [
     "attend_by_segment", "base_state", "can_embed", "choose_layers", "context_window", "decoder_layers", "embed", "end_at_stop", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
     "is_quantized", "licence_of", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
     "negative_log_likelihood", "pack_base", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",
-    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "weights_bytes", "weights_hash",
+    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "watch_calls", "weights_bytes", "weights_hash", "windows_reach",
 ]  # fmt: skip
