@@ -72,9 +72,9 @@ def test_memory_is_that_of_a_hand_count(tiny_folder: Path, tmp_path: Path, token
 def test_full_training_holds_no_adapter(tiny_folder: Path, tmp_path: Path) -> None:
     job, recipe = prepared(tiny_folder, tmp_path, training={"method": "full"}, dtype="bfloat16")
     found = measured(job, recipe, clock=ticking())
-    assert found.trainable_parameters == found.total_parameters
-    assert (found.memory.adapter, found.memory.gradients) == (0, 4 * found.total_parameters)
-    assert found.memory.optimizer == 12 * found.total_parameters
+    assert found.shape.trained_parameters == found.shape.parameters
+    assert (found.memory.adapter, found.memory.gradients) == (0, 4 * found.shape.parameters)
+    assert found.memory.optimizer == 12 * found.shape.parameters
 
 
 def test_seconds_come_from_the_clock(tiny_folder: Path, tmp_path: Path) -> None:

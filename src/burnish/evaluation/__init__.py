@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from burnish.evaluation.asking import LONGEST_CONTEXT_TOKENS, ask, limits_for, selection_rows
 from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.select import select
+from burnish.evaluation.speed import AnswerCost, answer_costs, text_costs
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of
 from burnish.tasks import Metric, Task, find_metric, measure, task_for
 from burnish.types import Dataset, Example, Tell, silent
-
-_LONGEST_CONTEXT_TOKENS = 4096  # of a baseline's prompt, even where the model could read more: it is what measuring costs
 
 
 def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, trained: bool, tell: Tell = silent) -> None:
@@ -36,10 +36,7 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     identity = base_state(recipe)
     if trained:
         identity = hash_of(identity, trained_hash(verify_adapter(run.adapter_folder, weights_hash(recipe.model.name))))
-    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
-    window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
-    room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
-    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=room)
+    context, limits = ask(model, recipe, dataset.train, chat, task)
     options = Options(recipe.evaluation.batch_size, identity=identity, tell=tell)
     chosen = {} if trained else _choose(run, model, names, dataset.validation, context, limits, recipe, task, options)
     for name in names:
@@ -60,27 +57,18 @@ def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, m
     """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     task = task_for(metric.name, [example.reference for example in dataset.train])
-    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_CONTEXT_TOKENS)
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=LONGEST_CONTEXT_TOKENS)
     options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
     rows = dataset.validation
     made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
     return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
 
 
-def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
-    """Where no training answer has a line break, an untrained model's answer ends at the first one; likewise with empty lines."""
-    references = [example.reference.strip() for example in train]
-    for stop in ("\n", "\n\n"):
-        if not any(stop in text for text in references):
-            return Limits(max_new_tokens, (stop,))
-    return Limits(max_new_tokens)
-
-
 def _choose(
     run: Run, model: Any, names: Sequence[str], validation: Sequence[Example], context: Context, limits: Limits, recipe: Recipe, task: Task,
     options: Options,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    rows = sorted(validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
+    rows = selection_rows(validation, recipe)
     seen = [row.id for row in [*rows, *context.train]]
     key = hash_of(
         names,
@@ -102,6 +90,6 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "validation_score",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "AnswerCost", "answer_costs", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
+    "measure_text", "on_tuned_base", "text_costs", "validation_score",
 ]  # fmt: skip
