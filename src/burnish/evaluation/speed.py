@@ -166,10 +166,10 @@ def work_of(lengths: Sequence[int], answers: Sequence[int], *, shared: int, firs
     rows, width = len(lengths), max(lengths) - shared
     context = shared + width
     decoded = [answer - 1 for answer in answers]
-    pairs = rows * width * (shared + width / 2) + sum(n * (context + n / 2) for n in decoded)
+    pairs = rows * width * (shared + (width - 1) / 2) + sum(n * (context + (n - 1) / 2) for n in decoded)
     tokens = float(rows * width)
     if first:
-        tokens, pairs = tokens + shared, pairs + shared * shared / 2
+        tokens, pairs = tokens + shared, pairs + shared * (shared - 1) / 2
     return np.array([tokens, max(decoded), sum(decoded), pairs], dtype=np.float64)
 
 
