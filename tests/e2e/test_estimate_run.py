@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from test_pipeline import cli, tiny_recipe
+from transformers import AutoModelForCausalLM
 
 from burnish import pipeline
 from burnish.errors import RecipeError
+from burnish.models import verify_adapter, weights_hash
 from burnish.recipe import dump_recipe
 from burnish.run import Run
 from conftest import colour_rows
@@ -61,6 +63,25 @@ def test_the_report_compares_forecast_and_fact(estimated: Run) -> None:
         assert line["ratio"] == pytest.approx(line["forecast"] / line["actual"], abs=1e-3)
     page = estimated.report_file.read_text()
     assert "Forecast and fact" in page
+
+
+def test_the_card_lies_beside_weights_that_still_verify(estimated: Run, tmp_path: Path) -> None:
+    """In the run, in the adapter's folder, and with a merged model, whose card says how that is loaded; the manifests hold."""
+    card = estimated.card_file.read_text()
+    assert (estimated.adapter_folder / "README.md").read_text() == card
+    base = weights_hash(estimated.recipe().model.name)
+    verify_adapter(estimated.adapter_folder, base)
+    pipeline.merge(estimated, tmp_path / "merged")
+    told = (tmp_path / "merged" / "README.md").read_text()
+    assert "library_name: transformers" in told
+    assert "library_name: peft" in card
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert estimated.status()["base_license"] == "not stated"
+    assert "license: unknown" in card
+    evaluated = estimated.predictions_file("tuned").read_bytes()
+    pipeline.evaluate(estimated)  # nothing is done again because of a card
+    assert estimated.predictions_file("tuned").read_bytes() == evaluated
+    assert estimated.status()["steps"]["report"]["state"] == "done"
 
 
 def test_a_forecast_of_other_rows_is_not_compared(estimated: Run) -> None:

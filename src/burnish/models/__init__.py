@@ -7,6 +7,7 @@ invariant   one function turns messages into tokens for training, evaluation and
 
 from burnish.models.attention import Segment, attend_by_segment
 from burnish.models.chat import IGNORED, Chat, make_chat, tokens_of
+from burnish.models.facts import licence_of, weights_bytes
 from burnish.models.fused import fuse
 from burnish.models.fused_attention import fuse_attention
 from burnish.models.generate import Generation, Limits, generate, layout
@@ -35,7 +36,7 @@ from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, sa
 __all__ = [
     "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Kernels", "Limits", "Merged", "NoKernels", "Segment",
     "attend_by_segment", "base_state", "choose_layers", "context_window", "decoder_layers", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
-    "is_quantized", "layout", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
+    "is_quantized", "layout", "licence_of", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
     "negative_log_likelihood", "pack_base", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",
-    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "weights_hash",
+    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "weights_bytes", "weights_hash",
 ]  # fmt: skip
