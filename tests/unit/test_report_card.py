@@ -137,7 +137,7 @@ def test_hostile_names_stay_text(tmp_path: Path, text: str) -> None:
 
 
 def test_escaping_by_hand() -> None:
-    assert escaped("a_b *c* [d](e) <f> `g` | #1") == r"a\_b \*c\* \[d\]\(e\) \<f\> \`g\` \| \#1"
+    assert escaped("a_b *c* [d](e) <f> `g` | #1") == r"a\_b \*c\* \[d\](e) \<f\> \`g\` \| \#1"
     assert escaped("1. one\n- two") == r"1\. one - two"
     assert escaped("- x") == r"\- x"
     assert escaped("see http://x.y and WWW.x.y") == r"see http\://x.y and WWW\.x.y"

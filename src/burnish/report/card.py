@@ -58,7 +58,7 @@ _LICENCES = frozenset(
 )
 _HUB_NAMES = {"gemma-3-270m": "google/gemma-3-270m"}  # embedded models and what they were made from
 _LONGEST, _SENTENCE = 300, 2000  # characters of a name, of a sentence or an attribution
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#|~!&$@^=])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~!&$@^])")
 _LINK = re.compile(r"(?i)(https?|ftp|mailto)(:)|(www)(\.)")
 
 
@@ -209,6 +209,7 @@ def _table(facts: Mapping[str, Any]) -> str:
     confidence = whole_percent(verdict["confidence"]) if verdict["confidence"] is not None else ""
     lines = [
         "## Measured",
+        "",
         f"{escaped(verdict['metric_title'])} of all candidates on the same {number(verdict['rows'])} test rows, with {confidence} intervals:",
         "",
         "| candidate | score | interval | rows | tokens in → out |",
@@ -274,7 +275,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 def _training(summary: Mapping[str, Any], recipe: Recipe) -> str:
     done = [
-        f"{escaped(summary.get('method') or '–')}, {number(summary.get('steps'))} steps of AdamW, peak learning rate {escaped(summary.get('learning_rate'))}",
+        f"{escaped(summary.get('method') or '–')}, {number(summary.get('steps'))} steps of AdamW, peak learning rate {score(summary.get('learning_rate'), False)}",
         f"{number(summary.get('trainable_parameters'))} of {number(summary.get('total_parameters'))} parameters trained",
         f"{number(summary.get('target_tokens'))} target tokens",
         f"best validation loss {number(summary.get('best_validation_loss'), 4)} at step {number(summary.get('best_step'))}",
