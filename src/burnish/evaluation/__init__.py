@@ -7,22 +7,24 @@ invariant   every candidate answers the same rows; what is chosen is chosen on v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from burnish.evaluation.asking import LONGEST_CONTEXT_TOKENS, ask, limits_for, selection_rows
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context, prompt_ids
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
-from burnish.evaluation.select import select
-from burnish.evaluation.speed import AnswerCost, answer_costs, text_costs
+from burnish.evaluation.select import select, settings_to_try
+from burnish.evaluation.speed import AnswerCost, Asked, costs, spread, text_costs
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of
 from burnish.tasks import Metric, Task, find_metric, measure, task_for
 from burnish.types import Dataset, Example, Tell, silent
+
+_LONGEST_CONTEXT_TOKENS = 4096  # of a baseline's prompt, even where the model could read more: it is what measuring costs
 
 
 def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, trained: bool, tell: Tell = silent) -> None:
@@ -36,13 +38,44 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     identity = base_state(recipe)
     if trained:
         identity = hash_of(identity, trained_hash(verify_adapter(run.adapter_folder, weights_hash(recipe.model.name))))
-    context, limits = ask(model, recipe, dataset.train, chat, task)
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
+    room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=room)
     options = Options(recipe.evaluation.batch_size, identity=identity, tell=tell)
     chosen = {} if trained else _choose(run, model, names, dataset.validation, context, limits, recipe, task, options)
     for name in names:
         setting = Setting(**chosen[name]) if name in chosen else Setting()
         kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
+
+
+def answer_costs(
+    dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, test_rows: int, clock: Callable[[], float] = time.perf_counter, tell: Tell = silent
+) -> AnswerCost:  # fmt: skip
+    """What `evaluate` will take for all candidates, from a few batches answered now. Validation rows stand for the `test_rows` test rows, which are not read."""
+    began = clock()
+    model = load_base(recipe, tell)
+    load_seconds = clock() - began
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
+    room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=room)
+    rows = sorted(dataset.validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
+    some = spread(dataset.validation)
+
+    def prompts(name: str, setting: Setting, examples: Sequence[Example]) -> list[list[int]]:
+        return [prompt_ids(name, example, setting, context)[0] for example in examples]
+
+    asked = []
+    for name in recipe.evaluation.candidates:
+        trained = CANDIDATES[name].trained
+        for setting in [Setting()] if trained else settings_to_try(name, recipe.evaluation):
+            asked.append(Asked(name, [] if trained else prompts(name, setting, rows), prompts(name, setting, some)))
+    references = [len(chat.tokenizer.encode(example.reference, add_special_tokens=False)) + 1 for example in some]
+    return costs(
+        model, recipe, chat, asked, limits=limits, references=references, test_rows=test_rows, load_seconds=load_seconds, tell=tell
+    )
 
 
 def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
@@ -57,18 +90,27 @@ def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, m
     """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     task = task_for(metric.name, [example.reference for example in dataset.train])
-    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=LONGEST_CONTEXT_TOKENS)
+    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_CONTEXT_TOKENS)
     options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
     rows = dataset.validation
     made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
     return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
 
 
+def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
+    """Where no training answer has a line break, an untrained model's answer ends at the first one; likewise with empty lines."""
+    references = [example.reference.strip() for example in train]
+    for stop in ("\n", "\n\n"):
+        if not any(stop in text for text in references):
+            return Limits(max_new_tokens, (stop,))
+    return Limits(max_new_tokens)
+
+
 def _choose(
     run: Run, model: Any, names: Sequence[str], validation: Sequence[Example], context: Context, limits: Limits, recipe: Recipe, task: Task,
     options: Options,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    rows = selection_rows(validation, recipe)
+    rows = sorted(validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
     seen = [row.id for row in [*rows, *context.train]]
     key = hash_of(
         names,

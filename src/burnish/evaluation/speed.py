@@ -8,28 +8,23 @@ which are those of the probe, or of the references where a model is trained to w
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from burnish.evaluation.asking import ask, selection_rows
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, prompt_ids
+from burnish.evaluation.candidates import CANDIDATES
 from burnish.evaluation.likelihood import TEXT_CANDIDATES
-from burnish.evaluation.select import settings_to_try
-from burnish.models import METHODS, Chat, Limits, generate, layout, load_base
+from burnish.models import METHODS, Chat, Limits, generate, layout
 from burnish.recipe import Recipe
-from burnish.tasks import Task
-from burnish.types import Dataset, Example, Tell, silent
+from burnish.types import Example, Tell, silent
 
 UNITS = ("prompt tokens", "decoding steps", "tokens decoded", "pairs of tokens")
-_SAMPLED_ROWS = 32  # validation rows whose prompts are laid out to know their lengths
-_PROBED_TOKENS = (
-    2048  # of prompts in a batch that only times; one batch of each kind with the longest prompts is answered whole, for its memory, too
-)
+SAMPLED_ROWS = 32  # validation rows whose prompts are laid out to know their lengths
+# Of prompts in a batch that only times. The batch with a candidate's longest prompts is answered whole, for its memory, too.
+_PROBED_TOKENS = 2048
 
 Floats = NDArray[np.float64]
 
@@ -67,68 +62,54 @@ class _Probe:
     answers: tuple[int, ...]
 
 
-def answer_costs(
-    dataset: Dataset,
-    recipe: Recipe,
-    chat: Chat,
-    task: Task,
-    *,
-    test_rows: int,
-    clock: Callable[[], float] = time.perf_counter,
-    tell: Tell = silent,
-) -> AnswerCost:
-    """Answer one batch in the cheapest and the dearest setting of each kind, and reckon what the run will ask for. Nothing is kept.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one candidate is asked in one setting, as tokens."""
 
-    Validation rows stand for the `test_rows` test rows, which are not read.
+    candidate: str
+    selection: list[list[int]]  # on the validation rows where settings are chosen; none for a trained candidate
+    test: list[list[int]]  # on rows that stand for the test rows
+
+
+def costs(
+    model: Any, recipe: Recipe, chat: Chat, asked: Sequence[Asked], *, limits: Limits, references: Sequence[int], test_rows: int,
+    load_seconds: float = 0.0, tell: Tell = silent,
+) -> AnswerCost:  # fmt: skip
+    """Answer one batch in the cheapest and in the dearest setting of each candidate, and reckon what the run will ask for.
+
+    `references`: tokens of reference answers, which a trained candidate is taken to write. The model is used up: at the end it has an adapter.
     """
-    began = clock()
-    model = load_base(recipe, tell)
-    load_seconds = clock() - began
-    context, limits = ask(model, recipe, dataset.train, chat, task)
-    rows, size = selection_rows(dataset.validation, recipe), recipe.evaluation.batch_size
-    names = [name for name in recipe.evaluation.candidates if not CANDIDATES[name].trained]
-    prompts: dict[tuple[str, Setting], list[list[int]]] = {
-        (name, setting): [prompt_ids(name, example, setting, context)[0] for example in rows]
-        for name in names
-        for setting in settings_to_try(name, recipe.evaluation)
-    }
-    references = [len(chat.tokenizer.encode(example.reference, add_special_tokens=False)) + 1 for example in _some(dataset.validation)]
-    probes, tuned_probe = _probe(
-        model, chat, prompts, limits, size, references=references, asked=rows, recipe=recipe, context=context, tell=tell
-    )
+    size, untrained = recipe.evaluation.batch_size, [one for one in asked if not CANDIDATES[one.candidate].trained]
+    trained = [one for one in asked if CANDIDATES[one.candidate].trained]
+    some = next((one.test for one in trained or asked), [])
+    probes, tuned_probe = _probe(model, chat, untrained, limits, size, references=references, plain=some, recipe=recipe, tell=tell)
     units = fit([probe for found in probes.values() for probe in found] or [tuned_probe])
     predicted = float(units @ tuned_probe.work[-1])
     factor = float(tuned_probe.seconds.max()) / predicted if predicted > 0 else 1.0
     lengths: dict[str, list[int]] = {name: [n for probe in found for n in probe.answers] for name, found in probes.items()}
+    lengths |= {one.candidate: list(references) for one in trained}
 
-    def work(found: Sequence[Sequence[int]], count: int, answers: Sequence[int], limits: Limits) -> Floats:
-        return reckon(model.config, found, count=count, answers=answers, limits=limits, batch_size=size)
+    def work(found: Sequence[Sequence[int]], count: int, name: str, limits: Limits) -> Floats:
+        return reckon(model.config, found, count=count, answers=lengths[name], limits=limits, batch_size=size)
 
-    selection = sum((work(found, len(rows), lengths[name], limits) for (name, _), found in prompts.items()), np.zeros(len(UNITS)))
-    some = _some(dataset.validation)
-    test: dict[str, list[Floats]] = {name: [] for name in recipe.evaluation.candidates}
-    for name, setting in prompts:
-        laid = [prompt_ids(name, example, setting, context)[0] for example in some]
-        test[name].append(work(laid, test_rows, lengths[name], limits))
-    for name in recipe.evaluation.candidates:
-        if CANDIDATES[name].trained:
-            laid = [prompt_ids(name, example, Setting(), context)[0] for example in some]
-            test[name].append(factor * work(laid, test_rows, references, Limits(limits.max_new_tokens)))
-            lengths[name] = references
-    seconds = {name: [float(one @ units) for one in found] for name, found in test.items()}
-    chosen = float(selection @ units)
+    nothing = np.zeros(len(UNITS))
+    selection = sum((work(one.selection, len(one.selection), one.candidate, limits) for one in untrained), nothing)
+    test: dict[str, list[Floats]] = {one.candidate: [] for one in asked}
+    for one in untrained:
+        test[one.candidate].append(work(one.test, test_rows, one.candidate, limits))
+    for one in trained:  # it must stop by itself
+        test[one.candidate].append(factor * work(one.test, test_rows, one.candidate, Limits(limits.max_new_tokens)))
+    seconds = {name: [float(part @ units) for part in found] for name, found in test.items()}
     means = {name: np.mean(found, axis=0) for name, found in test.items()}
-    whole = {
-        "baselines": selection + sum((one for name, one in means.items() if not CANDIDATES[name].trained), np.zeros(len(UNITS))),
-        "tuned": sum((one for name, one in means.items() if CANDIDATES[name].trained), np.zeros(len(UNITS))),
-    }
+    of = {kind: sum((part for name, part in means.items() if CANDIDATES[name].trained == kind), nothing) for kind in (False, True)}
+    chosen = float(selection @ units)
     return AnswerCost(
         selection=chosen,
         test={name: sum(found) / len(found) for name, found in seconds.items()},
         low=chosen + sum(map(min, seconds.values())),
         high=chosen + sum(map(max, seconds.values())),
-        unit_seconds=dict(zip(UNITS, map(float, units), strict=True)),
-        work={name: dict(zip(UNITS, map(float, one), strict=True)) for name, one in whole.items()},
+        unit_seconds=_by_unit(units),
+        work={"baselines": _by_unit(selection + of[False]), "tuned": _by_unit(of[True])},
         tuned_factor=factor,
         load_seconds=load_seconds,
         answer_tokens={name: sum(found) / len(found) for name, found in lengths.items()},
@@ -187,35 +168,36 @@ def reckon(config: Any, prompts: Sequence[Sequence[int]], *, count: int, answers
 # ------------------------------------------------------------------------------------------------------------------ inside
 
 
-def _some(examples: Sequence[Example]) -> list[Example]:
-    """Evenly spread rows, in order."""
-    count = min(_SAMPLED_ROWS, len(examples))
+def _by_unit(values: Floats) -> dict[str, float]:
+    return dict(zip(UNITS, map(float, values), strict=True))
+
+
+def spread(examples: Sequence[Example], most: int = SAMPLED_ROWS) -> list[Example]:
+    """At most so many rows, evenly spread, in order."""
+    count = min(most, len(examples))
     return [examples[number * len(examples) // count] for number in range(count)]
 
 
 def _probe(
-    model: Any, chat: Chat, prompts: dict[tuple[str, Setting], list[list[int]]], limits: Limits, batch_size: int, *, references: Sequence[int],
-    asked: Sequence[Example], recipe: Recipe, context: Context, tell: Tell,
+    model: Any, chat: Chat, asked: Sequence[Asked], limits: Limits, batch_size: int, *, references: Sequence[int], plain: list[list[int]],
+    recipe: Recipe, tell: Tell,
 ) -> tuple[dict[str, list[_Probe]], _Probe]:  # fmt: skip
     """One batch for each candidate's settings with the shortest and the longest prompts, and one with an adapter in place."""
-    plain = [prompt_ids("tuned", example, Setting(), context)[0] for example in asked]
-    short = Limits(4)
-    list(generate(model, chat, [plain[0]], short, batch_size=1))  # warms up, untimed
+    list(generate(model, chat, [plain[0]], Limits(4), batch_size=1))  # warms up, untimed
     chosen: dict[str, list[list[list[int]]]] = {}
-    for name in dict.fromkeys(name for name, _ in prompts):
-        ordered = sorted((found for (other, _), found in prompts.items() if other == name), key=lambda found: sum(map(len, found)))
+    for name in dict.fromkeys(one.candidate for one in asked):
+        ordered = sorted((one.selection for one in asked if one.candidate == name), key=lambda found: sum(map(len, found)))
         chosen[name] = [ordered[0], ordered[-1]] if CANDIDATES[name].shots and len(ordered) > 1 else [ordered[0]]
     total = sum(map(len, chosen.values())) + 1
     found: dict[str, list[_Probe]] = {}
     for name, sets in chosen.items():
-        for number, one in enumerate(sets):
+        for number, prompts in enumerate(sets):
             tell("timing answers", sum(map(len, found.values())), total, name)
-            found.setdefault(name, []).append(_answer(model, chat, one, limits, batch_size, whole=number == len(sets) - 1))
+            found.setdefault(name, []).append(_answer(model, chat, prompts, limits, batch_size, whole=number == len(sets) - 1))
     tell("timing answers", total - 1, total, "with an adapter")
     # A fresh adapter changes no answer, and costs what a trained one costs; it would go on for ever, so it stops where a trained one does.
     stop = Limits(max(2, min(limits.max_new_tokens, int(np.median(references)))))
-    adapted = METHODS[recipe.training.method](model, recipe).eval()
-    tuned = _answer(adapted, chat, plain, stop, batch_size)
+    tuned = _answer(METHODS[recipe.training.method](model, recipe).eval(), chat, plain, stop, batch_size)
     tell("timing answers", total, total, "")
     return found, tuned
 
@@ -237,4 +219,4 @@ def _answer(model: Any, chat: Chat, prompts: Sequence[Sequence[int]], limits: Li
     return _Probe(np.array(work)[order], np.maximum(seconds[order], 1e-6), tuple(answers))
 
 
-__all__ = ["UNITS", "AnswerCost", "answer_costs", "fit", "reckon", "text_costs", "work_of"]
+__all__ = ["SAMPLED_ROWS", "UNITS", "AnswerCost", "Asked", "costs", "fit", "reckon", "spread", "text_costs", "work_of"]
