@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from test_report_run import fabricate
 
+from burnish.recipe import build_recipe, dump_recipe
 from burnish.report import model_card, report
 from burnish.report.card import base_name, escaped, fenced, source_name
+from burnish.report.texts import visible
 from burnish.run import Run
 
 HOSTILE = [
@@ -81,12 +85,22 @@ def test_the_head_says_what_hugging_face_reads(tmp_path: Path) -> None:
 
 
 def test_no_path_of_this_machine_is_told(tmp_path: Path) -> None:
+    """Of the recipe's files, the model's folder, the template and the user's own metric, names only."""
     run = fabricate(tmp_path / "run")
-    text = run.recipe_file.read_text() if run.recipe_file.exists() else ""
+    place = tmp_path / "of-mine"
+    content = {
+        "model": {"name": str(place / "base"), "chat_template": str(place / "own.jinja")},
+        "data": {"train": str(place / "rows.jsonl"), "test": str(place / "held.jsonl")},
+        "training": {"replay_data": str(place / "general.jsonl")},
+        "task": {"metric": str(place / "mine.py:rubric")},
+    }
+    run.write_text(run.recipe_file, dump_recipe(build_recipe(content)))
     report(run)
     card = run.card_file.read_text()
+    assert "of-mine" not in card
     assert str(tmp_path) not in card
-    assert not re.search(r"(?<![\w:])/(home|tmp|work|root|Users)/", card), text
+    for name in ("base", "own.jinja", "rows.jsonl", "held.jsonl", "general.jsonl", "mine.py:rubric"):
+        assert name in card
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -133,6 +147,15 @@ def test_hostile_names_stay_text(tmp_path: Path, text: str) -> None:
     assert headings[1:] == ["## Measured", "## What was forgotten", "## Data", "## Training", "## Limits", "## How to load it"]
     for table in re.findall(r"(?m)(?:^\|.*\n)+", bare):
         assert len({line.count("|") for line in table.splitlines()}) == 1, "a row has as many cells as its head"
+    html = (
+        MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)
+    )  # a second reader, with HTML let through
+    tags = set(re.findall(r"<([a-z0-9]+)", html))
+    assert tags <= {"h1", "h2", "p", "strong", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "pre", "code"}
+    assert html.count("<h1>") == 1
+    assert html.count("<code") == 2, "the recipe and the way to load it"
+    shown = unescape(re.sub(r"<[^>]+>", "", html))
+    assert " ".join(visible(safe).split())[:40] in " ".join(shown.split()), "and it is shown as it is"
     assert not re.search(r"[\x00-\x08\x1b\u202e\u2028]", body)
 
 

@@ -287,17 +287,21 @@ def _training(summary: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
-    """The recipe as it may be published: of files and folders, the names only."""
-    files = {key: None if (value := getattr(recipe.data, key)) is None else source_name(value) for key in ("train", "validation", "test")}
-    replay = recipe.training.replay_data
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"name": base_name(recipe.model.name)}),
-            "data": recipe.data.model_copy(update=files),
-            "training": recipe.training.model_copy(update={"replay_data": None if replay is None else source_name(replay)}),
-            "stages": None,
-        }
-    )
+    """The recipe as it may be published: of files and folders the names only, no chain (its stages name files of their own), no address of an endpoint."""
+    bare = {
+        "data": ("train", "validation", "test", "documents"),
+        "training": ("replay_data",),
+        "model": ("chat_template",),
+        "task": ("metric",),
+        "evaluation": (),
+    }
+    changed: dict[str, Any] = {"stages": None}
+    for name, keys in bare.items():
+        section = getattr(recipe, name)
+        values = {key: source_name(value) for key in keys if isinstance(value := getattr(section, key, None), str)}
+        changed[name] = section.model_copy(update=values | ({"endpoint": None} if hasattr(section, "endpoint") else {}))
+    changed["model"] = changed["model"].model_copy(update={"name": base_name(recipe.model.name)})
+    return recipe.model_copy(update=changed)
 
 
 def _limits(facts: Mapping[str, Any]) -> str:
