@@ -128,13 +128,14 @@ def text_costs(recipe: Recipe, *, load_seconds: float, seconds: float) -> Answer
 
 
 def fit(probes: Sequence[_Probe]) -> Floats:
-    """(len(UNITS),) seconds of one unit of each kind: none negative, errors counted relative to the seconds."""
+    """(len(UNITS),) seconds of one unit of each kind: none negative, errors counted relative to the seconds, each batch for as much as another."""
     from scipy.optimize import nnls
 
     work = np.concatenate([probe.work for probe in probes])
     seconds = np.concatenate([probe.seconds for probe in probes])
+    weight = np.concatenate([np.full(len(probe.seconds), len(probe.seconds) ** -0.5) for probe in probes])
     scale = np.maximum(work.max(0), 1.0)  # pairs are millions, steps are dozens
-    found, _ = nnls(work / scale / seconds[:, None], np.ones(len(seconds)))
+    found, _ = nnls(work / scale * (weight / seconds)[:, None], weight)
     return np.asarray(found / scale, dtype=np.float64)
 
 
