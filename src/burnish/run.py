@@ -14,11 +14,13 @@
     ├── stages/NAME/           a run of its own for each stage of a chain
     ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
+    ├── estimate.json          of `burnish estimate`: what the run will cost, foretold before it trains
     ├── comparison.json        scores, intervals, verdict
     ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
     ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
     ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
     ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
+    ├── model_card.md          the model's README in Hugging Face's form, with the report's numbers
     └── report.html report.json
 
 A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist. Logs and answers (.jsonl outside data/)
@@ -182,6 +184,14 @@ class Run:
         return self.path / "comparison.json"
 
     @property
+    def estimate_file(self) -> Path:
+        return self.path / "estimate.json"
+
+    @property
+    def card_file(self) -> Path:
+        return self.path / "model_card.md"
+
+    @property
     def report_file(self) -> Path:
         return self.path / "report.html"
 
@@ -244,6 +254,11 @@ class Run:
 
     def recipe_as_asked(self) -> Recipe:
         return load_recipe(self.recipe_file)
+
+    def asked_key(self) -> str:
+        """One hash over the recipe as asked and the rows that were prepared: a forecast belongs to these."""
+        splits = self.read_json(self.manifest_file)["splits"]
+        return hash_of(self.recipe_as_asked().to_dict(), [part.get("file_sha256") for part in splits.values()])
 
     def resolve(self, values: Mapping[str, Any], *, further: bool = False) -> Recipe:
         """Write down what `auto` became. `values` maps dotted keys to values; `further`: besides what is written down already."""
@@ -329,7 +344,7 @@ class Run:
         status["steps"] = {name: entry for name, entry in status["steps"].items() if name not in steps}
         if self.status_file.exists():
             self.write_json(self.status_file, status)
-        stale = {"compare": (self.comparison_file,), "report": (self.report_file, self.report_json_file)}
+        stale = {"compare": (self.comparison_file,), "report": (self.report_file, self.report_json_file, self.card_file)}
         for path in (path for step in steps for path in stale.get(step, ())):
             path.unlink(missing_ok=True)
 

@@ -181,15 +181,18 @@ def merge(
 
 @app.command()
 def run(
-    recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False
-) -> None:
+    recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False,
+    forecast: Annotated[bool, typer.Option("--estimate", help="Foretell time and memory first; the report compares them with the facts.")] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
     """Everything: prepare, baselines, train, evaluate, compare, report. Takes up a run that was cut off."""
     import_steps()
     from burnish import pipeline
     from burnish.cli.terminal import progress
 
     with progress(as_json) as tell:
-        job = pipeline.run_recipe(asked_recipe(recipe, overrides), folder=run or folder_of(recipe), fresh=fresh, tell=tell)
+        asked = asked_recipe(recipe, overrides)
+        job = pipeline.run_recipe(asked, folder=run or folder_of(recipe), fresh=fresh, forecast=forecast, tell=tell)
     finish(job, as_json)
 
 

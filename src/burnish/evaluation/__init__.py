@@ -7,19 +7,21 @@ invariant   every candidate answers the same rows; what is chosen is chosen on v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from burnish.data import Passage, read_passages
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidates_for, make_context
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidates_for, fitting, make_context
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict, rows_per_second
-from burnish.evaluation.retrieve import Library
-from burnish.evaluation.select import select
+from burnish.evaluation.retrieve import BY_WORDS, Library
+from burnish.evaluation.select import select, settings_to_try
+from burnish.evaluation.speed import AnswerCost, Asked, costs, spread, text_costs
 from burnish.evaluation.weigh import weigh, weigh_runs
 from burnish.models import Chat, Limits, base_state, can_embed, embed, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import EndpointSection, Recipe
@@ -54,15 +56,15 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
 
 
-def library_for(run: Run, dataset: Dataset, recipe: Recipe, tell: Tell = silent) -> Library:
-    """What the run's candidates can look up: its training rows, and the recipe's documents."""
+def library_for(run: Run | None, dataset: Dataset, recipe: Recipe, tell: Tell = silent) -> Library:
+    """What the run's candidates can look up: its training rows, and the recipe's documents. Without a run by words only."""
     passages: list[Passage] = []
     if recipe.data.documents is not None:
         tell("reading the documents", 0, 0, recipe.data.documents)
         passages = read_passages(recipe.data.documents, [example.reference for example in dataset.train])
-    return Library(
-        dataset.train, passages, embed=partial(embed, tell=tell) if can_embed() else None, folder=run.predictions_file("base").parent
-    )
+    if run is None or not can_embed():
+        return Library(dataset.train, passages)
+    return Library(dataset.train, passages, embed=partial(embed, tell=tell), folder=run.predictions_file("base").parent)
 
 
 def client_for(run: Run, recipe: Recipe) -> Client | None:
@@ -81,6 +83,35 @@ def _chosen_before(run: Run) -> dict[str, dict[str, Any]]:
     chosen = run.read_json(run.selection_file)["chosen"] if run.selection_file.exists() else {}
     rag = chosen.get("rag", asdict(Setting(passages=1)))
     return {"tuned_rag": {**rag, "prompt_form": "as_is", "shots": 0}}
+
+
+def answer_costs(
+    dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, test_rows: int, clock: Callable[[], float] = time.perf_counter, tell: Tell = silent
+) -> AnswerCost:  # fmt: skip
+    """What `evaluate` will take for all candidates, from a few batches answered now. Validation rows stand for the `test_rows` test rows, which are not read."""
+    began = clock()
+    model = load_base(recipe, tell)
+    load_seconds = clock() - began
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
+    room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
+    library, ways = library_for(None, dataset, recipe, tell), {kind: {"chosen": BY_WORDS} for kind in ("examples", "passages")}
+    context = make_context(chat, task, library, instruction=recipe.task.instruction, prompt_limit=room)
+    rows = sorted(dataset.validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
+    some = spread(dataset.validation)
+
+    def prompts(name: str, setting: Setting, examples: Sequence[Example]) -> list[list[int]]:
+        return [fitting(name, example, setting, context)[1] for example in examples]
+
+    asked = []
+    for name in (name for name in recipe.evaluation.candidates if CANDIDATES[name].by == "model"):
+        trained = CANDIDATES[name].trained
+        for setting in [Setting()] if trained else settings_to_try(name, recipe.evaluation, library, ways=ways, chosen={}):
+            asked.append(Asked(name, [] if trained else prompts(name, setting, rows), prompts(name, setting, some)))
+    references = [len(chat.tokenizer.encode(example.reference, add_special_tokens=False)) + 1 for example in some]
+    return costs(
+        model, recipe, chat, asked, limits=limits, references=references, test_rows=test_rows, load_seconds=load_seconds, tell=tell
+    )
 
 
 def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
@@ -138,6 +169,6 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "candidates_for", "compare_run", "compare_text", "detectable", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "rows_per_second", "validation_score", "weigh", "weigh_runs",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "AnswerCost", "answer_costs", "candidates_for", "compare_run", "compare_text", "detectable", "endpoint_of", "evaluate", "is_answered",
+    "is_measured", "limits_for", "measure_text", "on_tuned_base", "rows_per_second", "text_costs", "validation_score", "weigh", "weigh_runs",
 ]  # fmt: skip

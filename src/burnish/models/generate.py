@@ -78,22 +78,27 @@ def generate(
     model: Any, chat: Chat, prompts: Sequence[Sequence[int]], limits: Limits, *, batch_size: int = 32, tell: Tell = silent
 ) -> Iterator[list[tuple[int, Generation]]]:
     """Yield, batch by batch, (index into `prompts`, answer). Greedy; deterministic for a given batch size."""
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     masks = _Masks(model.config)
-    shared = _common_prefix([prompts[index] for index in order]) if masks.by_position else 0
+    shared, batches = layout(model.config, prompts, limits, batch_size=batch_size)
     shared_cache = None
     done = 0
     tell("generating", 0, len(prompts), "")
-    for batch in _batches(order, prompts, limits, batch_size):
+    for batch in batches:
         with torch.inference_mode():
             started = time.perf_counter()  # the first batch waits for what all share, too
-            if shared >= _LEAST_SHARED and shared_cache is None:
-                shared_cache = _prefill_shared(model, masks, list(prompts[order[0]][:shared]))
-            skip = shared if shared_cache is not None else 0
-            answers = _generate_batch(model, chat, [list(prompts[i][skip:]) for i in batch], limits, masks, shared_cache, skip, started)
+            if shared and shared_cache is None:
+                shared_cache = _prefill_shared(model, masks, list(prompts[batch[0]][:shared]))
+            answers = _generate_batch(model, chat, [list(prompts[i][shared:]) for i in batch], limits, masks, shared_cache, shared, started)
         done += len(batch)
         tell("generating", done, len(prompts), "")
         yield list(zip(batch, answers, strict=True))
+
+
+def layout(config: Any, prompts: Sequence[Sequence[int]], limits: Limits, *, batch_size: int) -> tuple[int, list[list[int]]]:
+    """How `generate` goes about these prompts: (tokens that all begin with and that are computed once, indices of each batch)."""
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    shared = _common_prefix(prompts) if _Masks(config).by_position else 0
+    return (shared if shared >= _LEAST_SHARED else 0), list(_batches(order, prompts, limits, batch_size))
 
 
 class _Masks:

@@ -11,6 +11,7 @@ Each function here takes a Run, reads from its folder and writes into it. A step
 so a run that was cut off goes on where it stopped.
 
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
+    estimate.py what a run will cost
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from burnish.models import load_chat
 from burnish.pipeline.bases import decide_bases
 from burnish.pipeline.chain import train
 from burnish.pipeline.decide import Wish, decide
+from burnish.pipeline.estimate import estimate
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
@@ -38,13 +40,21 @@ DEMO = {
 }
 
 
-def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, tell: Tell = silent) -> Run:
-    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError."""
+def run_recipe(
+    recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, forecast: bool = False, tell: Tell = silent
+) -> Run:
+    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError.
+
+    `forecast`: foretell what it costs before the first baseline, where that is not done yet; the report then compares it with the facts.
+    """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with Run.working(folder or Path("runs") / recipe.name, recipe, fresh=fresh) as job:
         job.note(versions=versions(), machine=machine())
         chat = load_chat(recipe.model, tell)
         dataset = prepare(job, chat=chat, tell=tell)
+        if forecast and not job.estimate_file.exists():
+            here = estimate(job, chat=chat, tell=tell).here
+            tell("forecast", 0, 0, f"{here.total_seconds / 60:.1f} minutes, {here.memory['total'] / 1e9:.1f} GB")
         evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
         if any(CANDIDATES[name].trained for name in job.recipe().evaluation.candidates):
             train(job, dataset=dataset, chat=chat, tell=tell)
@@ -61,6 +71,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "estimate", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
     "versions", "write_report",
 ]  # fmt: skip
