@@ -15,6 +15,7 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_con
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
+from burnish.evaluation.retrieve import Retriever
 from burnish.evaluation.select import select
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
@@ -56,15 +57,20 @@ def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(run.path / folder)})})
 
 
-def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
-    """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
+def validation_answers(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> list[str]:
+    """What the model, as it is now, answers to the validation rows, in order, when it is asked as it was trained."""
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     task = task_for(metric.name, [example.reference for example in dataset.train])
     context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_CONTEXT_TOKENS)
     options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
-    rows = dataset.validation
-    made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
-    return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
+    made = predict(model, "tuned", dataset.validation, setting=Setting(), context=context, limits=limits, options=options)
+    return [prediction.text for prediction in made]
+
+
+def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
+    """The score of `validation_answers`. None: no row could be scored."""
+    answers = validation_answers(model, dataset, recipe, chat, metric, tell)
+    return measure(metric, answers, [example.reference for example in dataset.validation]).value
 
 
 def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
@@ -102,6 +108,6 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "validation_score",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "Retriever", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
+    "measure_text", "on_tuned_base", "validation_answers", "validation_score",
 ]  # fmt: skip

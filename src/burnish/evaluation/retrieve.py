@@ -24,12 +24,17 @@ class Retriever:
 
     def nearest(self, question: str, k: int) -> list[Example]:
         """Up to k rows, the nearest last: what stands next to the question is copied most."""
+        found = [self.rows[place] for place, _ in self.scored(question, k)] or self.rows[: min(k, len(self.rows))]
+        return found[::-1]
+
+    def scored(self, question: str, k: int) -> list[tuple[int, float]]:
+        """Places of up to k rows with their BM25 scores, the nearest first. Empty where the question has no word that any row has."""
         k = min(k, len(self.rows))
         words = [word for word in _words(question) if word in self.index.vocab_dict]
         if k == 0 or not words:
-            return self.rows[:k][::-1]
-        found, _ = self.index.retrieve([words], k=k, show_progress=False, sorted=True)
-        return [self.rows[int(index)] for index in found[0]][::-1]
+            return []
+        found, scores = self.index.retrieve([words], k=k, show_progress=False, sorted=True)
+        return [(int(place), float(score)) for place, score in zip(found[0], scores[0], strict=True)]
 
 
 def varied(rows: Sequence[Example], k: int) -> list[Example]:

@@ -11,6 +11,7 @@ Each function here takes a Run, reads from its folder and writes into it. A step
 so a run that was cut off goes on where it stopped.
 
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
+    curve.py    how much more data would bring          value.py    which rows help or hurt
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
 from burnish.pipeline.chain import train
+from burnish.pipeline.curve import Plan, curve
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
+from burnish.pipeline.value import ValuePlan, value
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run
 from burnish.training import Aim, read_trials, refuse_unchangeable
@@ -59,6 +62,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "Plan", "ValuePlan", "assist", "check", "compare", "curve", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train", "value",
     "versions", "write_report",
 ]  # fmt: skip

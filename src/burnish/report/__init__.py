@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from burnish.report.data_pages import curve_report, value_report
 from burnish.report.gather import gather
 from burnish.report.page import render
 from burnish.report.sweep import sweep_report
 from burnish.run import Run
 
-__all__ = ["report", "sweep_report"]
+__all__ = ["curve_report", "report", "sweep_report", "value_report"]
 
 
 def report(run: Run) -> Path:
