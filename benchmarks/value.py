@@ -35,7 +35,9 @@ def plant(folder: Path, data: Path, *, seed: int = 0) -> dict[str, set[int]]:
         row = json.loads(line)
         by_label[row["output"]].append(row["input"])
     draw = random.Random(seed)
-    labels = draw.sample(sorted(label for label, texts in by_label.items() if len(texts) >= TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS), LABELS)
+    labels = draw.sample(
+        sorted(label for label, texts in by_label.items() if len(texts) >= TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS), LABELS
+    )
     parts: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
     for label in labels:
         texts = draw.sample(by_label[label], TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS)
@@ -104,9 +106,16 @@ def main() -> None:
         "sentence": content["sentence"],
     }
     if asked.output is not None:
-        machine = {"machine": platform.machine(), "cores": pipeline.machine()["cores"], "memory_gb": pipeline.machine()["memory_gb"], **pipeline.versions()}
+        machine = {
+            "machine": platform.machine(),
+            "cores": pipeline.machine()["cores"],
+            "memory_gb": pipeline.machine()["memory_gb"],
+            **pipeline.versions(),
+        }
         command = f"python benchmarks/value.py --data DATA/banking77 --seeds {asked.seeds} --epochs {asked.epochs:g} --output benchmarks/results/value.json"
-        asked.output.write_text(json.dumps({"command": command, "machine": machine, "result": result}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        asked.output.write_text(
+            json.dumps({"command": command, "machine": machine, "result": result}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     print("RESULT " + json.dumps(result, ensure_ascii=False))
 
 

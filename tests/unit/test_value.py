@@ -112,7 +112,12 @@ def test_folds_and_halves_keep_groups_whole() -> None:
     assert (len(guides), len(judges)) == (5, 4)
     assert not {one.id for one in guides} & {one.id for one in judges}
     with pytest.raises(DataError, match="one group"):
-        halves([make_example([{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{n}"}], source="f:1", group="g") for n in range(4)])
+        halves(
+            [
+                make_example([{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{n}"}], source="f:1", group="g")
+                for n in range(4)
+            ]
+        )
 
 
 @pytest.mark.parametrize("wrong", [{"drop": 0.0}, {"drop": 1.0}, {"folds": 1}, {"seeds": -1}])

@@ -8,7 +8,6 @@ often curves do not follow it: hence the checks).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +24,7 @@ Floats = NDArray[np.float64]
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
 EXPONENTS = (0.05, 3.0)  # below, a curve does not bend within any data set one could collect; above, it is flat after one doubling
 LEAST_SIZES = 3  # a curve of three numbers goes through any two points
-WIDEST = 0.05  # an interval wider than this share of the scale, and than half of what the measured sizes brought, says nothing
+WIDEST = 0.05  # an interval wider than this share of the scale, and than what a doubling has brought so far, says nothing
 _GRID = np.geomspace(*EXPONENTS, 121)
 _LINE_POINTS = 60
 
@@ -99,14 +98,15 @@ def fit_curve(rows: Sequence[int], values: Sequence[float], *, lower_is_better: 
         raise ValueError(f"{sizes.size} sizes; a curve of three numbers needs {LEAST_SIZES} at least")
     x, y = n / sizes[-1], -y if lower_is_better else y
     ceiling = 0.0 if lower_is_better else 1.0
-    means = np.array([y[n == size].mean() for size in sizes])
+    middles = np.array([np.median(y[n == size]) for size in sizes])
     weights = np.array([(n == size).sum() for size in sizes], dtype=np.float64)
-    start = [float(part[0]) for part in _profile(sizes / sizes[-1], means[None], weights, ceiling)]
-    noise = math.sqrt(sum(float(((y[n == size] - y[n == size].mean()) ** 2).sum()) for size in sizes) / max(1, n.size - sizes.size))
+    start = [float(part[0]) for part in _profile(sizes / sizes[-1], middles[None], weights, ceiling)]
+    # Of the usual scatter, by the median of the deviations (1.4826 of it is a normal standard deviation): one that went wrong must not widen what is usual.
+    noise = 1.4826 * float(np.median(np.abs(y - middles[np.searchsorted(sizes, n)])))
     bounds = ([-np.inf, 0.0, EXPONENTS[0]], [ceiling, np.inf, EXPONENTS[1]])
     start = [min(max(one, low + 1e-9), high - 1e-9) for one, low, high in zip(start, *bounds, strict=True)]
     found = least_squares(
-        lambda p: p[0] - p[1] * x ** -p[2] - y, start, bounds=bounds, loss="soft_l1", f_scale=max(2 * noise, 1e-3), x_scale=[0.1, 0.1, 1.0]
+        lambda p: p[0] - p[1] * x ** -p[2] - y, start, bounds=bounds, loss="soft_l1", f_scale=max(2 * noise, 5e-3), x_scale=[0.1, 0.1, 1.0]
     )
     c, gap, b = (float(one) for one in found.x)
     return Fit(-c if lower_is_better else c, gap, b, int(sizes[-1]), lower_is_better)
@@ -163,7 +163,7 @@ def answer_curve(
         *_not_monotone(sizes, rising, confidence),
         *_at_bound(fit, rising, confidence),
         *_missed(held_out),
-        *_wide(low, high, scale=scale, brought=float(rising[:, -1].mean() - rising[:, 0].mean())),
+        *_wide(low, high, scale=scale, so_far=float((rising[:, -1] - rising[:, 0]).mean() / np.log2(sizes[-1] / sizes[0]))),
     ]
     if held_out is not None and lower_is_better:
         held_out = {**{key: -value for key, value in held_out.items()}, "low": -held_out["high"], "high": -held_out["low"]}
@@ -233,8 +233,9 @@ def _missed(held_out: Mapping[str, float] | None) -> list[str]:
     return ["the smaller sizes do not predict the largest one: the data do not follow such a curve"]
 
 
-def _wide(low: float, high: float, *, scale: float, brought: float) -> list[str]:
-    if high - low <= max(WIDEST * scale, brought / 2):
+def _wide(low: float, high: float, *, scale: float, so_far: float) -> list[str]:
+    """`so_far`: what a doubling brought on average over the measured sizes."""
+    if high - low <= max(WIDEST * scale, so_far):
         return []
     return ["the interval is too wide to plan with: more seeds or more validation rows would narrow it"]
 
