@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from test_pipeline import cli, tiny_recipe
 
-from burnish import pipeline
+from burnish import pipeline, training
 from burnish.errors import DataError, RecipeError
 from burnish.pipeline import ValuePlan
 from burnish.recipe import build_recipe
 from burnish.run import Run, append_line, read_lines
+from burnish.training import ShortTrainings, Trained
 from conftest import colour_rows
 
 WORDS = {
@@ -129,7 +130,7 @@ def test_the_table_and_the_page(valued: tuple[Run, set[str]]) -> None:
 
 
 def test_what_is_done_is_not_done_again_and_what_is_missing_is(valued: tuple[Run, set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the line of one fold, only that fold is trained again, to the same numbers."""
+    """Without the line of one fold, only that fold is trained again, to the same numbers; it is trained on all rows but those whose losses it takes."""
     job, _ = valued
     lines = list(read_lines(job.value_work_file))
     before = job.read_jsonl(job.value_rows_file)
@@ -137,7 +138,26 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(valued: tuple[Run
     for line in lines:
         if line["part"] != "fold 1":
             append_line(job.value_work_file, line)
+    trained_on: list[set[int]] = []
+    judged: list[set[int]] = []
+    run, items = ShortTrainings.run, training.train_items
+
+    def spied_run(self: ShortTrainings, *arguments: Any, rows: Any, **named: Any) -> Any:
+        trained_on.append(set(rows))
+        return run(self, *arguments, rows=rows, **named)
+
+    def spied_items(trained: Trained, rows: Any) -> Any:
+        judged.append(set(rows))
+        return items(trained, rows)
+
+    monkeypatch.setattr(ShortTrainings, "run", spied_run)
+    monkeypatch.setattr(training, "train_items", spied_items)
     pipeline.value(job, plan=ValuePlan(drop=0.3, seeds=2, objective="validation_loss"))
+    assert len(trained_on) == 1
+    assert judged
+    for places in judged:
+        assert not places & trained_on[0]
+        assert places | trained_on[0] == set(range(120))
     after = list(read_lines(job.value_work_file))
     assert [line["part"] for line in after[len(lines) - 1 :]] == ["fold 1"]
     assert job.read_jsonl(job.value_rows_file) == before
