@@ -16,13 +16,13 @@ from test_pipeline import cli, tiny_recipe
 
 from burnish import pipeline
 from burnish.errors import DataError, RecipeError
-from burnish.pipeline import Plan
+from burnish.pipeline import CurvePlan
 from burnish.pipeline.curve import read_points
 from burnish.recipe import load_recipe
 from burnish.run import Run
 from conftest import colour_rows
 
-PLAN = Plan(seeds=2, objective="validation_loss")
+PLAN = CurvePlan(seeds=2, objective="validation_loss")
 
 
 def bare(job: Run) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def dies(*arguments, **named):
     return loop(*arguments, **named)
 trial.run_loop = dies
 with Run.working({str(folder)!r}, load_recipe({str(curved.recipe_file)!r})) as job:
-    pipeline.curve(job, plan=pipeline.Plan(seeds=2, objective="validation_loss"))
+    pipeline.curve(job, plan=pipeline.CurvePlan(seeds=2, objective="validation_loss"))
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -95,7 +95,7 @@ def test_the_test_rows_are_never_read(tiny_folder: Path, write_rows: Callable[..
     pipeline.prepare(job)
     job.split_file("test").write_text("{poison")
     job.split_file("test").chmod(0)
-    found = pipeline.curve(job, plan=Plan((0.25, 0.5, 1.0), 1))
+    found = pipeline.curve(job, plan=CurvePlan((0.25, 0.5, 1.0), 1))
     assert found["objective"] == "exact_match"
     assert found["trustworthy"] is False  # one seed
     job.split_file("test").chmod(0o644)
@@ -105,7 +105,7 @@ def test_the_test_rows_are_never_read(tiny_folder: Path, write_rows: Callable[..
 
 def test_a_budget_says_what_is_missing_and_goes_on_later(curved: Run, tmp_path: Path) -> None:
     with Run.working(tmp_path / "curve", load_recipe(curved.recipe_file)) as job:
-        found = pipeline.curve(job, plan=Plan(seeds=2, objective="validation_loss", seconds=1e-3))
+        found = pipeline.curve(job, plan=CurvePlan(seeds=2, objective="validation_loss", seconds=1e-3))
         assert [point["rows"] for point in found["points"]] == [read_points(curved.curve_points_file)[0]["rows"]]
         assert len(found["missing"]) == 7
         assert all(point["reason"] == "the budget was spent" for point in found["missing"])
@@ -118,12 +118,12 @@ def test_a_budget_says_what_is_missing_and_goes_on_later(curved: Run, tmp_path: 
 
 def test_another_measure_in_the_same_folder_is_refused(curved: Run) -> None:
     with pytest.raises(RecipeError, match=r"other settings \(equal: epochs → steps\).*--fresh"):
-        pipeline.curve(curved, plan=Plan(objective="validation_loss", equal="steps"))
+        pipeline.curve(curved, plan=CurvePlan(objective="validation_loss", equal="steps"))
 
 
 def test_equal_steps(curved: Run, tmp_path: Path) -> None:
     with Run.working(tmp_path / "curve", load_recipe(curved.recipe_file)) as job:
-        pipeline.curve(job, plan=Plan((0.25, 0.5, 1.0), 1, equal="steps", objective="validation_loss"))
+        pipeline.curve(job, plan=CurvePlan((0.25, 0.5, 1.0), 1, equal="steps", objective="validation_loss"))
     rows = read_points(job.curve_points_file)
     assert len({row["steps"] for row in rows}) == 1
     assert len({row["rows"] for row in rows}) == 3
@@ -131,7 +131,7 @@ def test_equal_steps(curved: Run, tmp_path: Path) -> None:
 
 def test_a_corpus_metric_is_drawn_as_a_whole(curved: Run, tmp_path: Path) -> None:
     with Run.working(tmp_path / "curve", load_recipe(curved.recipe_file)) as job:
-        found = pipeline.curve(job, plan=Plan((0.25, 0.5, 1.0), 2, objective="bleu"))
+        found = pipeline.curve(job, plan=CurvePlan((0.25, 0.5, 1.0), 2, objective="bleu"))
     assert found["objective"] == "bleu"
     assert len(read_points(job.curve_points_file)[0]["answers"]) == found["rows"]["validation"]
     assert "answers" not in found["points"][0]
@@ -140,7 +140,7 @@ def test_a_corpus_metric_is_drawn_as_a_whole(curved: Run, tmp_path: Path) -> Non
 def test_too_few_rows_and_stages(tiny_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
     few = tiny_recipe(tiny_folder, write_rows(colour_rows(50)))
     with pytest.raises(DataError, match=r"fewer than 4: collect more rows"):
-        pipeline.curve(Run.create(tmp_path / "few", few), plan=Plan((0.05, 0.5, 1.0)))
+        pipeline.curve(Run.create(tmp_path / "few", few), plan=CurvePlan((0.05, 0.5, 1.0)))
     staged = tiny_recipe(tiny_folder, write_rows(colour_rows(50)), stages=[{"name": "a"}, {"name": "b"}])
     with pytest.raises(RecipeError, match="without `stages:`"):
         pipeline.curve(Run.create(tmp_path / "staged", staged))

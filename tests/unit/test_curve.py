@@ -15,7 +15,7 @@ from burnish.advice import Answer, answer_curve, fit_curve, nested, row_draws, s
 from burnish.advice.curve import EXPONENTS, _profile
 from burnish.cli.rows import parse_parts
 from burnish.errors import RecipeError
-from burnish.pipeline.curve import Plan, _budgeted, _expected, _Part, sentence
+from burnish.pipeline.curve import CurvePlan, _budgeted, _expected, _Part, sentence
 from burnish.recipe import build_recipe
 from burnish.training import planned_steps
 from burnish.types import Dataset
@@ -211,11 +211,11 @@ def test_equal_steps_give_every_part_as_many_updates_and_validations() -> None:
     dataset = Dataset(tuple(range(400)), (), (), {})  # type: ignore[arg-type]
     full = planned_steps(400, recipe.training)
     for rows in (50, 100, 203, 400):
-        settings = _budgeted(recipe, dataset, rows, Plan(equal="steps")).training
+        settings = _budgeted(recipe, dataset, rows, CurvePlan(equal="steps")).training
         assert planned_steps(rows, settings) == full
         validations = settings.validations_per_epoch * full / -(-rows // 8)
         assert validations == pytest.approx(6)
-    assert _budgeted(recipe, dataset, 50, Plan()) is recipe
+    assert _budgeted(recipe, dataset, 50, CurvePlan()) is recipe
 
 
 def test_what_a_training_will_take() -> None:
@@ -225,17 +225,17 @@ def test_what_a_training_will_take() -> None:
         {"rows": 9, "seconds": 1, "state": "cut off"},
     ]
     part = lambda n: _Part(0.5, 0, tuple(range(n)))  # noqa: E731
-    assert _expected(part(50), rows, Plan()) == 4.0
-    assert _expected(part(200), rows, Plan()) == 12.0
-    assert _expected(part(200), rows, Plan(equal="steps")) == 6.0
-    assert _expected(part(10), rows, Plan()) == 4.0
-    assert _expected(part(10), [], Plan()) == 0.0
+    assert _expected(part(50), rows, CurvePlan()) == 4.0
+    assert _expected(part(200), rows, CurvePlan()) == 12.0
+    assert _expected(part(200), rows, CurvePlan(equal="steps")) == 6.0
+    assert _expected(part(10), rows, CurvePlan()) == 4.0
+    assert _expected(part(10), [], CurvePlan()) == 0.0
 
 
 @pytest.mark.parametrize("wrong", [{"equal": "rows"}, {"seeds": 0}, {"fractions": ()}, {"fractions": (0.5, 1.2)}])
 def test_plans_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="expected"):
-        Plan(**wrong)
+        CurvePlan(**wrong)
 
 
 def test_parts_on_the_command_line() -> None:

@@ -36,7 +36,7 @@ def curve(
     from burnish.run import Run
 
     asked = asked_recipe(recipe, overrides)
-    plan = pipeline.Plan(parse_parts(at), seeds, equal, objective, None if budget is None else parse_time(budget))
+    plan = pipeline.CurvePlan(parse_parts(at), seeds, equal, objective, None if budget is None else parse_time(budget))
     with Run.working(run or folder_of(recipe) or Path("curves") / asked.name, asked, fresh=fresh) as job, progress(as_json) as tell:
         found = pipeline.curve(job, plan=plan, tell=tell)
     if as_json:

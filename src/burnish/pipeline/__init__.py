@@ -22,7 +22,7 @@ from pathlib import Path
 from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
 from burnish.pipeline.chain import train
-from burnish.pipeline.curve import Plan, curve
+from burnish.pipeline.curve import CurvePlan, curve
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.pipeline.value import ValuePlan, value
@@ -62,6 +62,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "Plan", "ValuePlan", "assist", "check", "compare", "curve", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train", "value",
+    "DEMO", "Aim", "CurvePlan", "ValuePlan", "assist", "check", "compare", "curve", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train", "value",
     "versions", "write_report",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ LEAST_ROWS = 4  # of the smallest part: with fewer, it is chance which rows they
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CurvePlan:
     """What is trained. The points are made seed by seed, the small sizes first: what a budget cuts off is the repetition, not a size."""
 
     fractions: tuple[float, ...] = advice.FRACTIONS
@@ -59,12 +59,12 @@ class _Part:
         return f"{len(self.places)} rows, seed {self.number}"
 
 
-def curve(job: Run, *, plan: Plan | None = None, tell: Tell = silent) -> dict[str, Any]:
+def curve(job: Run, *, plan: CurvePlan | None = None, tell: Tell = silent) -> dict[str, Any]:
     """Train on nested parts of the rows until the plan or its budget is done; answer what twice the rows would bring, or that it cannot be told.
 
     Goes on where an earlier call was cut off. Returns what curve.json holds.
     """
-    asked, plan = job.recipe_as_asked(), plan or Plan()
+    asked, plan = job.recipe_as_asked(), plan or CurvePlan()
     if asked.stages:
         raise RecipeError("a curve is about one training: give it the recipe of one stage, without `stages:`")
     chat = load_chat(asked.model, tell)
@@ -96,7 +96,7 @@ def read_points(path: Path) -> list[dict[str, Any]]:
     return list(ended.values())
 
 
-def _parts(dataset: Dataset, plan: Plan, seed: int) -> Iterator[_Part]:
+def _parts(dataset: Dataset, plan: CurvePlan, seed: int) -> Iterator[_Part]:
     """Seed by seed, small sizes first. Another seed draws other rows for the smaller sizes, and trains in another order."""
     groups = [example.group for example in dataset.train]
     for number in range(plan.seeds):
@@ -115,7 +115,7 @@ def _parts(dataset: Dataset, plan: Plan, seed: int) -> Iterator[_Part]:
 
 
 def _measure_all(
-    path: Path, parts: Sequence[_Part], trainings: ShortTrainings, judge: Judge, recipe: Recipe, plan: Plan, tell: Tell
+    path: Path, parts: Sequence[_Part], trainings: ShortTrainings, judge: Judge, recipe: Recipe, plan: CurvePlan, tell: Tell
 ) -> None:  # fmt: skip
     for index, part in enumerate(parts):
         rows = read_points(path)
@@ -133,7 +133,7 @@ def _measure_all(
         tell("curve", index + 1, len(parts), f"{part}: {said}")
 
 
-def _expected(part: _Part, rows: Sequence[Mapping[str, Any]], plan: Plan) -> float:
+def _expected(part: _Part, rows: Sequence[Mapping[str, Any]], plan: CurvePlan) -> float:
     """Seconds that the part will take, from the trainings so far: the same size if there is one, else in proportion to the rows, but never less
     than the quickest so far."""
     times = [(row["rows"], row["seconds"]) for row in rows if row["state"] == "complete"]
@@ -148,7 +148,7 @@ def _expected(part: _Part, rows: Sequence[Mapping[str, Any]], plan: Plan) -> flo
 
 
 def _one(
-    part: _Part, trainings: ShortTrainings, judge: Judge, recipe: Recipe, plan: Plan, left: float | None
+    part: _Part, trainings: ShortTrainings, judge: Judge, recipe: Recipe, plan: CurvePlan, left: float | None
 ) -> dict[str, Any]:  # fmt: skip
     """One training's line."""
     started = time.monotonic()
@@ -180,9 +180,11 @@ def _one(
     return {**row, **facts, "seconds": round(time.monotonic() - started, 3)}
 
 
-def _budgeted(recipe: Recipe, dataset: Dataset, rows: int, plan: Plan) -> Recipe:
-    """With equal steps: as many updates, and as many validations, as all rows get; a smaller part is passed more often."""
-    if plan.equal == "epochs" or rows == len(dataset.train):
+def _budgeted(recipe: Recipe, dataset: Dataset, rows: int, plan: CurvePlan) -> Recipe:
+    """With equal steps: as many updates, and as many validations, as all rows get; a smaller part is passed more often.
+
+    Replayed rows, and rows that become several sequences, make epochs longer; the number of updates is what stays."""
+    if plan.equal == "epochs":
         return recipe
     settings = recipe.training
     batch = int(settings.micro_batch_size) * settings.gradient_accumulation_steps
@@ -212,7 +214,7 @@ def _refuse_another(job: Run, content: dict[str, Any]) -> None:
 
 
 def _finish(
-    job: Run, content: dict[str, Any], parts: Sequence[_Part], rows: list[dict[str, Any]], judge: Judge, recipe: Recipe, plan: Plan
+    job: Run, content: dict[str, Any], parts: Sequence[_Part], rows: list[dict[str, Any]], judge: Judge, recipe: Recipe, plan: CurvePlan
 ) -> dict[str, Any]:
     done = [row for row in rows if row["state"] == "complete"]
     # Whole groups come near a fraction, not always equally near: a size is what its trainings had on average.
