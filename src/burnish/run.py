@@ -21,6 +21,8 @@
     ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
     ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
     ├── model_card.md          the model's README in Hugging Face's form, with the report's numbers
+    ├── curve.json curve.jsonl curve.html    of `burnish curve`: what doubled data is worth, a line a training, the page
+    ├── value.json value.jsonl value.csv value.html kept.jsonl    of `burnish value`: the proof, the rows from worst to best, the rows that stay; value-work.jsonl
     └── report.html report.json
 
 A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist. Logs and answers (.jsonl outside data/)
@@ -155,6 +157,43 @@ class Run:
     @property
     def sweep_report_file(self) -> Path:
         return self.path / "sweep.html"
+
+    @property
+    def curve_file(self) -> Path:
+        return self.path / "curve.json"
+
+    @property
+    def curve_points_file(self) -> Path:
+        return self.path / "curve.jsonl"
+
+    @property
+    def curve_report_file(self) -> Path:
+        return self.path / "curve.html"
+
+    @property
+    def value_file(self) -> Path:
+        return self.path / "value.json"
+
+    @property
+    def value_work_file(self) -> Path:
+        """What the short trainings of `burnish value` brought, a line each: from here it goes on."""
+        return self.path / "value-work.jsonl"
+
+    @property
+    def value_rows_file(self) -> Path:
+        return self.path / "value.jsonl"
+
+    @property
+    def value_table_file(self) -> Path:
+        return self.path / "value.csv"
+
+    @property
+    def value_report_file(self) -> Path:
+        return self.path / "value.html"
+
+    @property
+    def kept_file(self) -> Path:
+        return self.path / "kept.jsonl"
 
     @property
     def reference_file(self) -> Path:

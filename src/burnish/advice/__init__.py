@@ -6,11 +6,17 @@ invariant   a rule reads numbers with intervals and nothing else; "no" and "can'
 """
 
 from burnish.advice.bases import choose_base
+from burnish.advice.curve import FRACTIONS, Answer, Fit, answer_curve, fit_curve, nested
 from burnish.advice.decide import decide
+from burnish.advice.draws import row_draws, seed_draws
 from burnish.advice.estimate import Estimate, Forecast, forecast_here
 from burnish.advice.gpus import GPUS, find_gpu, forecast_on
+from burnish.advice.neighbours import Neighbours, find_neighbours
 from burnish.advice.rules import OF_USE, RULES, Facts, Rule
+from burnish.advice.value import SIGNALS, Proof, Signals, judge_kept, kept_rows, rank_rows, reasons
 
 __all__ = [
-    "GPUS", "OF_USE", "RULES", "Estimate", "Facts", "Forecast", "Rule", "choose_base", "decide", "find_gpu", "forecast_here", "forecast_on",
+    "FRACTIONS", "GPUS", "OF_USE", "RULES", "SIGNALS", "Answer", "Estimate", "Facts", "Fit", "Forecast", "Neighbours", "Proof", "Rule", "Signals",
+    "answer_curve", "choose_base", "decide", "find_gpu", "find_neighbours", "fit_curve", "forecast_here", "forecast_on", "judge_kept", "kept_rows",
+    "nested", "rank_rows", "reasons", "row_draws", "seed_draws",
 ]  # fmt: skip

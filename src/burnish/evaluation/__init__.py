@@ -19,7 +19,7 @@ from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict, rows_per_second
-from burnish.evaluation.retrieve import BY_WORDS, Library
+from burnish.evaluation.retrieve import BY_WORDS, Library, Words
 from burnish.evaluation.select import select, settings_to_try
 from burnish.evaluation.speed import AnswerCost, Asked, costs, spread, text_costs
 from burnish.evaluation.weigh import weigh, weigh_runs
@@ -122,15 +122,20 @@ def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(run.path / folder)})})
 
 
-def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
-    """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
+def validation_answers(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> list[str]:
+    """What the model, as it is now, answers to the validation rows, in order, when it is asked as it was trained."""
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     task = task_for(metric.name, [example.reference for example in dataset.train])
     context = make_context(chat, task, Library(()), instruction=recipe.task.instruction or "", prompt_limit=_LONGEST_CONTEXT_TOKENS)
     options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
-    rows = dataset.validation
-    made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
-    return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
+    made = predict(model, "tuned", dataset.validation, setting=Setting(), context=context, limits=limits, options=options)
+    return [prediction.text for prediction in made]
+
+
+def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
+    """The score of `validation_answers`. None: no row could be scored."""
+    answers = validation_answers(model, dataset, recipe, chat, metric, tell)
+    return measure(metric, answers, [example.reference for example in dataset.validation]).value
 
 
 def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
@@ -169,6 +174,7 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "AnswerCost", "answer_costs", "candidates_for", "compare_run", "compare_text", "detectable", "endpoint_of", "evaluate", "is_answered",
-    "is_measured", "limits_for", "measure_text", "on_tuned_base", "rows_per_second", "text_costs", "validation_score", "weigh", "weigh_runs",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "AnswerCost", "Words", "answer_costs", "candidates_for", "compare_run", "compare_text",
+    "detectable", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for", "measure_text", "on_tuned_base", "rows_per_second",
+    "text_costs", "validation_answers", "validation_score", "weigh", "weigh_runs",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ so a run that was cut off goes on where it stopped.
 
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
     estimate.py what a run will cost
+    curve.py    how much more data would bring          value.py    which rows help or hurt
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
 from burnish.pipeline.bases import decide_bases
 from burnish.pipeline.chain import train
+from burnish.pipeline.curve import CurvePlan, curve
 from burnish.pipeline.decide import Wish, decide
 from burnish.pipeline.estimate import estimate
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
+from burnish.pipeline.value import ValuePlan, value
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run
 from burnish.training import Aim, read_trials, refuse_unchangeable
@@ -71,6 +74,7 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "estimate", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "CurvePlan", "ValuePlan", "Wish", "assist", "check", "compare", "curve", "dataset_of", "decide", "decide_bases", "demo_recipe",
+    "estimate", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train", "value",
     "versions", "write_report",
 ]  # fmt: skip

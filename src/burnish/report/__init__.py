@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from burnish.report.card import model_card, write_card
+from burnish.report.data_pages import curve_report, value_report
 from burnish.report.decision import decision_view
 from burnish.report.gather import gather
 from burnish.report.page import environment, render
@@ -16,7 +17,9 @@ from burnish.report.sweep import sweep_report
 from burnish.report.texts import encodable
 from burnish.run import Run
 
-__all__ = ["decision_report", "gather", "model_card", "report", "sweep_report", "write_card"]
+__all__ = [
+    "curve_report", "decision_report", "gather", "model_card", "report", "sweep_report", "value_report", "write_card",
+]  # fmt: skip
 
 
 def report(run: Run) -> Path:

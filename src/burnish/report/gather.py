@@ -7,6 +7,7 @@ from typing import Any
 
 from burnish.errors import DataError
 from burnish.recipe import dump_recipe
+from burnish.report.curve import curve_facts
 from burnish.report.forecast import forecast_facts
 from burnish.report.texts import encodable, is_number
 from burnish.run import Run, hash_of
@@ -111,6 +112,7 @@ def gather(run: Run) -> dict[str, Any]:
             "training": _training(run),
             "stages": _stages(run),
             "forecast": forecast_facts(run),
+            "curve": curve_facts(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),

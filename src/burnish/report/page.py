@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from burnish.report import texts
 from burnish.report.chain import rate_figure, stages_figure
+from burnish.report.curve import curve_figure
 from burnish.report.decision import decision_view
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
 from burnish.report.forecast import forecast_figure
@@ -114,6 +115,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, Markup]:
             "rate": rate_figure(facts["training"]["range_test"], width=width)
             if facts["training"] and facts["training"]["range_test"] and facts["training"]["range_test"]["points"]
             else None,
+            "curve": curve_figure(facts["curve"], width=width) if facts["curve"] else None,
             "stages": stages_figure(facts["stages"], width=width) if facts["stages"] and facts["stages"]["states"] else None,
             "forecast": forecast_figure(facts["forecast"], width=width) if facts["forecast"] else None,
         }
