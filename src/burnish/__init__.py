@@ -27,6 +27,7 @@ _PLACES = {
     "write_report": "burnish.pipeline",
     "run_recipe": "burnish.pipeline",
     "sweep": "burnish.pipeline",
+    "retain": "burnish.pipeline",
     "BurnishError": "burnish.errors",
     "RecipeError": "burnish.errors",
     "DataError": "burnish.errors",

@@ -15,7 +15,10 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_con
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
+from burnish.evaluation.rescore import TaskRows, score_task
+from burnish.evaluation.retention import SUITES, Ground, Measured, measure_suite
 from burnish.evaluation.select import select
+from burnish.evaluation.suites import DEFAULT_SUITES, Suite, openings, read_suites
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of
@@ -102,6 +105,7 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "validation_score",
+    "BITS_PER_BYTE", "CANDIDATES", "DEFAULT_SUITES", "SUITES", "TEXT_CANDIDATES", "Ground", "Measured", "Suite", "TaskRows", "compare_run", "compare_text",
+    "detectable", "evaluate", "is_answered", "is_measured", "limits_for", "measure_suite", "measure_text", "on_tuned_base", "openings", "read_suites", "score_task",
+    "validation_score",
 ]  # fmt: skip

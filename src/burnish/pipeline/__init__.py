@@ -5,12 +5,14 @@
     train     fine-tune; keep the checkpoint with the best validation loss                    train
     evaluate  the fine-tuned model answers the same test rows                                 evaluate
     compare   scores with intervals, paired tests, one verdict                                compare
+    retain    what the tuned model has forgotten, where the recipe's `retain` asks                      retain
     report    one HTML page and one JSON file                                                 report
 
 Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
 so a run that was cut off goes on where it stopped.
 
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
+    retention.py, repair.py    retain
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
 from burnish.pipeline.chain import train
+from burnish.pipeline.retention import RetainOptions, gate_of, retain
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
@@ -48,6 +51,8 @@ def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None,
             train(job, dataset=dataset, chat=chat, tell=tell)
             evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
         compare(job, tell=tell)
+        if recipe.retain.given and job.training_file.exists():
+            retain(job, dataset=dataset, chat=chat, tell=tell)
         write_report(job, tell=tell)
     return job
 
@@ -59,6 +64,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
-    "versions", "write_report",
+    "DEMO", "Aim", "RetainOptions", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "gate_of", "machine", "merge", "prepare", "read_trials",
+    "refuse_unchangeable", "retain", "run_recipe", "sweep", "task_of", "train", "versions", "write_report",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from burnish.errors import DataError
 from burnish.recipe import dump_recipe
+from burnish.report.pareto import retain_facts
 from burnish.report.texts import encodable, is_number
 from burnish.run import Run, hash_of
 
@@ -107,6 +108,7 @@ def gather(run: Run) -> dict[str, Any]:
             "fields": comparison.get("fields") or None,
             "training": _training(run),
             "stages": _stages(run),
+            "retain": retain_facts(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),

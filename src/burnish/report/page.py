@@ -12,6 +12,7 @@ from markupsafe import Markup
 from burnish.report import texts
 from burnish.report.chain import rate_figure, stages_figure
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
+from burnish.report.pareto import retain_figures
 
 LONG_TEXT, LONGEST_TEXT = 400, 20_000  # characters: folded from here, cut from there
 FIRST_FIELDS, FIRST_CARDS = 15, 4  # shown unfolded: rows of the per-field table, rows of answers of one kind
@@ -113,6 +114,7 @@ def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
             if facts["training"] and facts["training"]["range_test"] and facts["training"]["range_test"]["points"]
             else None,
             "stages": stages_figure(facts["stages"], width=width) if facts["stages"] and facts["stages"]["states"] else None,
+            **retain_figures(facts["retain"], width=width),
         }
         for name, chart in drawn.items():
             if chart is not None:
