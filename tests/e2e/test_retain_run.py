@@ -15,11 +15,12 @@ from test_pipeline import cli, tiny_recipe
 from transformers import AutoModelForCausalLM
 
 from burnish import pipeline
-from burnish.advice import halves
+from burnish.advice import choose, halves
 from burnish.errors import DataError, RecipeError
 from burnish.evaluation import read_suites, retention
 from burnish.models import Limits, generate, load_chat, load_model
 from burnish.pipeline import RetainOptions
+from burnish.pipeline.retention import pairs_of
 from burnish.recipe import build_recipe, differences
 from burnish.run import Run
 from conftest import colour_rows
@@ -149,6 +150,36 @@ def test_chosen_on_one_half_and_told_on_the_other(repaired: dict[str, Any], trai
     assert per_suite.count(False) == 4 * whole, "four suites for each point that is reported"
     assert per_suite.count(True) == 4 * (len(found["points"]) - whole), "and half of each for those that are not"
     assert found["rows"]["test"] == len(pipeline.dataset_of(trained).test)
+
+
+def test_nothing_is_told_of_rows_that_were_chosen_on(repaired: dict[str, Any], trained: Run, suites: Path) -> None:
+    """Until a point is chosen only the one half of a suite is compared; from then on only the other."""
+    parts = {suite.name: halves([item.id for item in suite.items]) for suite in read_suites([str(suites)])}
+    compared: list[set[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def choosing(points: Any) -> Any:
+            compared.append(set())
+            return choose(points)
+
+        def pairs(given: Any, before: Any, after: Any, only: Any = None) -> Any:
+            found = pairs_of(given, before, after, only)
+            for pair, suite in zip(found, given, strict=True):
+                items = [item for item in before[suite.name] if item in after[suite.name] and (only is None or item in only[suite.name])]
+                assert pair.before == tuple(before[suite.name][item].value for item in items)
+                compared.append(set(items) & parts[suite.name][0])
+                compared[-1] |= {f"other {item}" for item in set(items) & parts[suite.name][1]}
+            return found
+
+        patch.setattr("burnish.pipeline.repair.choose", choosing)
+        patch.setattr("burnish.pipeline.repair.pairs_of", pairs)
+        with trained.lock():
+            pipeline.retain(trained, OPTIONS(suites))
+    at = compared.index(set())
+    assert at == 4 * len(repaired["repair"]["points"])
+    assert not any(item.startswith("other") for items in compared[:at] for item in items)
+    assert all(item.startswith("other") for items in compared[at + 1 :] for item in items)
+    assert compared[at + 1 :]
 
 
 def test_the_published_adapter_is_the_chosen_point(tiny_folder: Path, trained: Run, suites: Path) -> None:
@@ -302,3 +333,25 @@ def test_a_repair_that_does_not_apply_is_told(
     assert {left["name"] for left in found["left_out"]} == set(repairs.split(","))
     assert any(reason in left["reason"] for left in found["left_out"])
     assert [point["name"] for point in found["points"]] == ["base", "tuned", "scale 0.5"]
+
+
+def test_plain_text_has_a_gain_too(tiny_folder: Path, suites: Path, tmp_path: Path) -> None:
+    """Continued pre-training: the task is bits per byte of held-out documents, turned round; the point between is published like any."""
+    rows = write(
+        tmp_path / "texts.jsonl", [{"text": f"a red cat {n} and a blue dog sat in the white house of number {n}"} for n in range(80)]
+    )
+    content = {
+        "model": {"name": str(tiny_folder), "dtype": "float32"},
+        "data": {"train": str(rows), "validation_rows": 6, "test_rows": 10, "overlap_ngram": 0},
+        "training": {"objective": "text", "max_steps": 6, "learning_rate": 0.01},
+    }
+    job = pipeline.run_recipe(build_recipe(content), folder=tmp_path / "run")
+    found = pipeline.retain(job, RetainOptions(suites=(str(suites / "plain.jsonl"),), repairs=("scale",), scales=(0.5,)))["repair"]
+    points = {point["name"]: point for point in found["points"]}
+    assert points["base"]["task"] < points["scale 0.5"]["task"] < points["tuned"]["task"] < 0
+    scores = {row["name"]: row["score"] for row in job.read_json(job.comparison_file)["candidates"]}
+    for name in ("base", "tuned"):
+        assert found["reported"][name]["task"] == pytest.approx(-scores[name], abs=1e-5), (
+            "the same documents, measured by `burnish evaluate`"
+        )
+    assert "bits per byte" in found["task_title"]

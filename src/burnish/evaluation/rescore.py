@@ -29,47 +29,41 @@ class TaskRows:
     rows: tuple[Example, ...]
     recipe: Recipe
     chat: Chat
-    task: Task
+    task: Task | None  # none: plain text
+    answers: Path  # what is answered goes here, as it comes
+    known: Path | None = None  # a file of answers by the very weights that are asked, taken up where it fits
 
     @property
     def title(self) -> str:
-        if self.recipe.training.objective == "text":
+        if self.task is None:
             return "bits per byte of the run's own text, turned round"
         metric = find_metric(self.task.metric)
         return metric.title if metric.corpus is None else f"{metric.title} (mean over rows)"
 
 
 def score_task(
-    path: Path,
-    state: str,
-    model: Callable[[], Any],
-    wanted: TaskRows,
-    *,
-    answers: Path,
-    known: Path | None = None,
-    title: str = "",
-    tell: Tell = silent,
+    path: Path, state: str, model: Callable[[], Any], wanted: TaskRows, *, title: str = "", tell: Tell = silent
 ) -> dict[str, float]:
-    """{example: value, more is better} of every row that the metric can judge, as the tuned candidate is asked. Values go to `path`, answers to the file `answers`.
+    """{example: value, more is better} of every row that the metric can judge, as the tuned candidate is asked. Values are appended to `path`.
 
-    `state` names the weights; `known`: a file of answers by these very weights, taken up where it fits. `model` is called where answers are missing.
+    `state` names the weights. `model` is called where answers are missing.
     """
     recipe, rows = wanted.recipe, wanted.rows
-    if recipe.training.objective == "text":
+    if wanted.task is None:
         return _text_values(path, state, model, wanted, title=title, tell=tell)
     key = hash_of("task", state, [row.id for row in rows], wanted.task.metric, recipe.to_dict()["evaluation"], wanted.chat.template_hash)
     kept = {
         row["example"]: row["value"] for row in (read_lines(path) if path.exists() else ()) if row.get("key") == key and "example" in row
     }
     if not all(row.id in kept for row in rows):
-        if known is not None and known.exists() and not answers.exists():
-            answers.parent.mkdir(parents=True, exist_ok=True)
-            answers.write_bytes(known.read_bytes())
+        if wanted.known is not None and wanted.known.exists() and not wanted.answers.exists():
+            wanted.answers.parent.mkdir(parents=True, exist_ok=True)
+            wanted.answers.write_bytes(wanted.known.read_bytes())
         context = make_context(
             wanted.chat, wanted.task, wanted.dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_PROMPT_TOKENS
         )
         limits = Limits(int(recipe.evaluation.max_new_tokens))
-        options = Options(recipe.evaluation.batch_size, identity=state, keep=answers, title=title, tell=tell)
+        options = Options(recipe.evaluation.batch_size, identity=state, keep=wanted.answers, title=title, tell=tell)
         made = predict(model(), "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
         scores = score_rows(find_metric(wanted.task.metric), [answer.text for answer in made], [row.reference for row in rows])
         for row, score in zip(rows, scores, strict=True):

@@ -25,7 +25,7 @@ from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.evaluation import Measured, TaskRows, openings
 from burnish.models import Limits, generate, layer_count, publish_scaled, tokens_of, trained_hash, verify_adapter, weights_hash
 from burnish.pipeline.retention import Bench, RetainOptions, State, pairs_of
-from burnish.pipeline.steps import PROBE_ROWS, prepare, task_of, train_once
+from burnish.pipeline.steps import PROBE_ROWS, prepare, train_once
 from burnish.recipe import Recipe, build_recipe, differences, load_recipe
 from burnish.run import Run
 from burnish.tasks import bootstrap_interval
@@ -153,7 +153,7 @@ def repair(bench: Bench, before: SuiteRows, after: SuiteRows, *, judging: Mappin
         point |= {f"{what}_kept": found["kept"][point["name"]][what] for what in ("gain", "loss")}
     told = _told(seen, found["chosen"], {name: part[1] for name, part in parts.items()}, max_drop)
     content = {
-        "rule": found["rule"], "chosen": found["chosen"], "why": found["why"], "task_title": _task_title(bench), "task_percent": bench.recipe.training.objective != "text",
+        "rule": found["rule"], "chosen": found["chosen"], "why": found["why"], "task_title": _task_title(bench), "task_percent": bench.task is not None,
         "points": seen.points, "left_out": seen.left_out, **told, "published": _publish(seen, found["chosen"]),
         "rows": {"validation": seen.points[0]["task_rows"], "test": told["task"]["rows"], "choosing": sum(map(len, chosen_on.values()))},
     }  # fmt: skip
@@ -304,7 +304,7 @@ def _share(found: Mapping[str, Any]) -> str:
 
 
 def _task_title(bench: Bench) -> str:
-    return TaskRows(bench.dataset, (), bench.recipe, bench.chat, task_of(bench.recipe, bench.dataset)).title
+    return TaskRows(bench.dataset, (), bench.recipe, bench.chat, bench.task, bench.job.retain_rows_file).title
 
 
 def _titled(name: str, bench: Bench) -> Callable[[str, int, int, str], None]:

@@ -32,6 +32,7 @@ from burnish.models import (
 from burnish.pipeline.steps import dataset_of, task_of
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_of
+from burnish.tasks import Task
 from burnish.types import Dataset, Tell, silent
 
 LONGEST_TOKENS = 4096  # of a row of a suite, even where the model could read more
@@ -84,6 +85,11 @@ class Bench:
         return self._scaled
 
     @property
+    def task(self) -> Task | None:
+        """What good means; none: plain text, which is judged by its bits."""
+        return None if self.recipe.training.objective == "text" else task_of(self.recipe, self.dataset)
+
+    @property
     def base(self) -> State:
         """The recipe's own base. Where earlier stages left the base that was tuned, that is another model."""
         own = self.job.recipe()
@@ -132,19 +138,10 @@ class Bench:
         rows: Sequence[Any] = self.dataset.test
         if split == "validation":
             rows = sorted(self.dataset.validation, key=lambda example: example.id)[: self.options.task_rows]
-        wanted = TaskRows(self.dataset, tuple(rows), self.recipe, self.chat, task_of(self.recipe, self.dataset))
-        known = self.job.predictions_file("tuned") if split == "test" and state.name == "tuned" else None
         answers = self.job.retain_folder / "answers" / f"{state.key}-{split}.jsonl"
-        return score_task(
-            self.job.retain_rows_file,
-            state.key,
-            state.model,
-            wanted,
-            answers=answers,
-            known=known,
-            title=f"{state.name}: {split} rows",
-            tell=self.tell,
-        )
+        known = self.job.predictions_file("tuned") if split == "test" and state.name == "tuned" else None
+        wanted = TaskRows(self.dataset, tuple(rows), self.recipe, self.chat, self.task, answers, known)
+        return score_task(self.job.retain_rows_file, state.key, state.model, wanted, title=f"{state.name}: {split} rows", tell=self.tell)
 
     def _load(self, key: str, load: Callable[[], Any]) -> Any:
         if self._other is None or self._other[0] != key:

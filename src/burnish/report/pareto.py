@@ -102,7 +102,8 @@ def pareto_figure(repair: dict[str, Any], *, width: int) -> Markup:
         linestyle=(0, (3, 3)),
         gid="scales",
     )
-    for point in points:
+    ends = [100 * pick(point["change"] for point in points) for pick in (min, max)] if points else [0.0, 0.0]
+    for index, point in enumerate(sorted(points, key=lambda point: point["change"])):
         chosen = point["name"] == repair["chosen"]
         colour = ACCENT if chosen else {"base": MUTED, "tuned": INK}.get(str(point["kind"]), NEUTRAL)
         across, up = 100 * point["change"], unit * point["task"]
@@ -113,7 +114,7 @@ def pareto_figure(repair: dict[str, Any], *, width: int) -> Markup:
         }
         bars = {axis: [[side] for side in sides[key]] for axis, key in (("xerr", "change"), ("yerr", "task")) if key in sides}
         if bars:
-            axes.errorbar([across], [up], **bars, color=colour, linewidth=1, alpha=0.55, fmt="none")
+            axes.errorbar([across], [up], **bars, color=colour, linewidth=1.6, alpha=0.5, fmt="none")
         axes.plot(
             [across],
             [up],
@@ -125,15 +126,18 @@ def pareto_figure(repair: dict[str, Any], *, width: int) -> Markup:
         )
         if chosen:
             axes.plot([across], [up], "o", markersize=17, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=2, gid="chosen")
-        axes.annotate(
-            visible(str(point["name"]))[:24],
-            (across, up),
-            xytext=(9, 7),
-            textcoords="offset points",
-            color=colour,
-            fontsize=12,
-            parse_math=False,
-        )
+        if width > NARROW or chosen or point["kind"] in ("base", "tuned"):
+            late = across > sum(ends) / 2 and width <= NARROW
+            place = {"xytext": (-9 if late else 9, 8 if index % 2 == 0 else -13), "ha": "right" if late else "left"}
+            axes.annotate(
+                visible(str(point["name"]))[:24],
+                (across, up),
+                **place,
+                textcoords="offset points",
+                color=colour,
+                fontsize=12,
+                parse_math=False,
+            )
     axes.axvline(0, color=LINE, linewidth=1)
     axes.margins(0.12)
     axes.set_xlabel("retention against the base, points", color=MUTED, fontsize=11, loc="right", labelpad=2)
