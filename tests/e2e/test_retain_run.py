@@ -355,3 +355,25 @@ def test_plain_text_has_a_gain_too(tiny_folder: Path, suites: Path, tmp_path: Pa
             "the same documents, measured by `burnish evaluate`"
         )
     assert "bits per byte" in found["task_title"]
+
+
+def test_a_chain_is_judged_against_the_base_it_began_with(trained: Run, suites: Path, tmp_path: Path) -> None:
+    """Two stages of different rank: the second trains on the first, merged. Scaled down, the second alone is taken back; the base is the recipe's own."""
+    content = trained.recipe_as_asked().to_dict()
+    content["training"] |= {"max_steps": 3, "epochs": 1}
+    content["stages"] = [{"name": "one"}, {"name": "two", "lora": {"rank": 2}}]
+    job = Run.create(tmp_path / "run", build_recipe(content))
+    with job.lock():
+        pipeline.train(job, dataset=pipeline.prepare(job))
+        options = RetainOptions(suites=(str(suites / "plain.jsonl"),), repairs=("scale", "rank"), scales=(0.5,), task_rows=8)
+        found = pipeline.retain(job, options)
+    assert "base_folder" in job.read_json(job.training_file)
+    ours = retain_base(trained, suites)
+    assert found["suites"][0]["before"] == pytest.approx(ours, rel=1e-6), "the same base as a run without stages"
+    assert [point["name"] for point in found["repair"]["points"]] == ["base", "tuned", "scale 0.5"]
+    assert "chain of stages" in found["repair"]["left_out"][0]["reason"]
+
+
+def retain_base(job: Run, suites: Path) -> float:
+    with job.lock():
+        return float(pipeline.retain(job, RetainOptions(suites=(str(suites / "plain.jsonl"),)))["suites"][0]["before"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,23 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, tiny_mod
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ModelError, match=r"lm-eval:tiny needs the extra `harness`.*pip install 'burnish\[harness\]'"):
         run(tmp_path, tiny_models("llama"), chat)
+
+
+def test_the_real_library_agrees(tiny_models: Any, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lm-evaluation-harness is installed: a multiple-choice task over a local file gives, document by document, what our own suite of the same rows gives."""
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `harness`")
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"query": f"Question: a red cat {n}", "choices": ["cat red", "dog blue house", "x"], "gold": n % 3} for n in range(9)]
+    data = tmp_path / "documents.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny_mc.yaml").write_text(
+        f"task: tiny_mc\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{query}}\\nAnswer:"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\nmetric_list: [{metric: acc_norm}]\n'
+    )
+    manager, evaluate = TaskManager(include_path=str(tmp_path)), lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **asked: evaluate(**asked, task_manager=manager))
+    model = tiny_models("llama")
+    found = run(tmp_path, model, chat, "tiny_mc", None)
+    own = measure_suite(tmp_path / "own.jsonl", "w", lambda: model, read_suites([str(data)])[0], Ground(chat, 512, 4))
+    assert [row.value for row in found.values()] == [row.value for row in own.values()]

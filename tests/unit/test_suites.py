@@ -122,6 +122,9 @@ def test_all_problems_of_all_files_at_once(tmp_path: Path) -> None:
     [
         (["embeded"], "no such file or folder; expected embedded"),
         (["lm-eval:"], "expected lm-eval:TASK"),
+        (["lm-eval:/tmp/evil.yaml"], "the name of a task"),
+        (["lm-eval:evil.yaml"], "the name of a task"),
+        (["lm-eval:../evil"], "the name of a task"),
         (["embedded", "embedded"], "two suites are called general"),
     ],
 )

@@ -10,6 +10,7 @@ The kind of a file is seen from the keys of its rows; `KINDS` has them. Texts of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -108,8 +109,13 @@ def read_suites(names: Sequence[str], *, rows: int | None = None) -> list[Suite]
                 suites += [_read(folder / f"{part}.jsonl", part, problems) for part in EMBEDDED_SUITES]
         elif name.startswith(HARNESS):
             tasks = [task.strip() for task in name.removeprefix(HARNESS).split(",") if task.strip()]
-            if not tasks:
-                raise RecipeError(f"retain.suites: {name}: expected {HARNESS}TASK, for example {HARNESS}hellaswag")
+            # The harness takes paths of YAML files, too, which may name code to be run: names only.
+            if (
+                not tasks
+                or not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", task) for task in tasks)
+                or any(task.endswith((".yaml", ".yml")) for task in tasks)
+            ):
+                raise RecipeError(f"retain.suites: {name}: expected {HARNESS}TASK with the name of a task, for example {HARNESS}hellaswag")
             suites += [Suite(task, "harness", ()) for task in tasks]
         else:
             suites += [_read(file, file.stem, problems) for file in _files(name)]
