@@ -118,7 +118,10 @@ def test_nothing_is_measured_twice_and_every_row_once(repaired: dict[str, Any], 
 
 def test_every_repair_is_a_point_or_is_told(repaired: dict[str, Any], trained: Run) -> None:
     found = repaired["repair"]
-    assert [point["name"] for point in found["points"]] == ["base", "tuned", "scale 0.5", "scale 1.25", "replay", "kl", "layers", "rank"]
+    names = [point["name"] for point in found["points"]]
+    further = [name for name in names[4:] if name.startswith("scale")]
+    assert names == ["base", "tuned", "scale 0.5", "scale 1.25", *further, "replay", "kl", "layers", "rank"]
+    assert len(further) <= 2, "where the smallest scale that keeps enough must lie"
     assert found["left_out"] == []
     changed = {point["name"]: point["changed"] for point in found["points"] if "changed" in point}
     assert changed["layers"] == {"training.layers": "last-1"}
@@ -332,7 +335,7 @@ def test_a_repair_that_does_not_apply_is_told(
         ]
     assert {left["name"] for left in found["left_out"]} == set(repairs.split(","))
     assert any(reason in left["reason"] for left in found["left_out"])
-    assert [point["name"] for point in found["points"]] == ["base", "tuned", "scale 0.5"]
+    assert [point["name"] for point in found["points"]][:3] == ["base", "tuned", "scale 0.5"]
 
 
 def test_plain_text_has_a_gain_too(tiny_folder: Path, suites: Path, tmp_path: Path) -> None:
@@ -370,7 +373,7 @@ def test_a_chain_is_judged_against_the_base_it_began_with(trained: Run, suites: 
     assert "base_folder" in job.read_json(job.training_file)
     ours = retain_base(trained, suites)
     assert found["suites"][0]["before"] == pytest.approx(ours, rel=1e-6), "the same base as a run without stages"
-    assert [point["name"] for point in found["repair"]["points"]] == ["base", "tuned", "scale 0.5"]
+    assert [point["name"] for point in found["repair"]["points"]][:3] == ["base", "tuned", "scale 0.5"]
     assert "chain of stages" in found["repair"]["left_out"][0]["reason"]
 
 

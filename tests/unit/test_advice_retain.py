@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from burnish.advice import Pair, Point, choose, compare_points, halves, judge_gate, judge_retention, retention_sentence
+from burnish.advice import Pair, Point, choose, compare_points, halves, judge_gate, judge_retention, next_scale, retention_sentence
 
 
 def pair(before: Any, after: Any, name: str = "s", **more: Any) -> Pair:
@@ -113,6 +113,14 @@ def test_nothing_to_repair() -> None:
     assert "no gain to keep" in choose([Point("base", 0.5, 0.0), Point("tuned", 0.5, -0.2), Point("a", 0.5, 0.0)])["why"]
     found = choose([Point("base", 0.0, 0.0), Point("tuned", 0.5, 0.1), Point("a", 0.5, 0.2)])
     assert (found["chosen"], "nothing to repair" in found["why"]) == ("tuned", True)
+
+
+def test_the_smallest_scale_that_keeps_enough_is_closed_in_on() -> None:
+    assert next_scale({0.25: 0.1, 0.5: 0.6, 0.75: 0.97, 1.0: 1.0, 1.25: 0.99}) == 0.625
+    assert next_scale({0.25: 0.1, 0.5: 0.6, 0.625: 0.96, 0.75: 0.97, 1.0: 1.0}) == 0.5625
+    assert next_scale({0.5: 0.99, 1.0: 1.0}) == 0.25, "down to the base"
+    assert next_scale({0.96: 0.5, 1.0: 1.0}) is None, "closer than it matters"
+    assert next_scale({0.5: 0.1}) is None
 
 
 def test_shares_with_intervals_by_hand() -> None:

@@ -5,9 +5,10 @@ out         a verdict or a choice, with an interval, the rule by which it was ma
 invariant   pure functions of numbers and a seed; what the numbers cannot tell is said to be so
 """
 
-from burnish.advice.repair import ENOUGH_GAIN, RULE, Point, choose, compare_points
+from burnish.advice.repair import ENOUGH_GAIN, RULE, Point, choose, compare_points, next_scale
 from burnish.advice.retain import Gate, Pair, change_interval, halves, judge_gate, judge_retention, retention_sentence
 
 __all__ = [
-    "ENOUGH_GAIN", "RULE", "Gate", "Pair", "Point", "change_interval", "choose", "compare_points", "halves", "judge_gate", "judge_retention", "retention_sentence",
+    "ENOUGH_GAIN", "RULE", "Gate", "Pair", "Point", "change_interval", "choose", "compare_points", "halves", "judge_gate", "judge_retention", "next_scale",
+    "retention_sentence",
 ]  # fmt: skip

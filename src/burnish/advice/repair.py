@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,19 @@ def choose(points: Sequence[Point]) -> dict[str, Any]:
             "why": f"nothing keeps {_percent(ENOUGH_GAIN)} of the gain with less loss; the best trade-off keeps {_percent(kept[best.name]['gain'])} with {_percent(kept[best.name]['loss'])} of the loss",
         }
     return {**found, "chosen": TUNED, "why": "no point is a better trade-off than the tuned model"}
+
+
+def next_scale(kept: Mapping[float, float], closest: float = 0.05) -> float | None:
+    """Where to look next for the smallest scale that keeps enough: half way between the smallest that was seen to and the next below it (0: the base).
+
+    `kept`: the share of the gain at each scale that was measured. None where the two are closer than `closest`, or none keeps enough.
+    """
+    enough = [scale for scale, share in kept.items() if share >= ENOUGH_GAIN and 0 < scale <= 1]
+    if not enough:
+        return None
+    high = min(enough)
+    low = max([0.0, *(scale for scale in kept if scale < high)])
+    return round((low + high) / 2, 4) if high - low > closest else None
 
 
 def compare_points(

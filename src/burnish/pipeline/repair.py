@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from burnish import training
-from burnish.advice import Point, change_interval, choose, compare_points, halves, judge_gate
+from burnish.advice import Point, change_interval, choose, compare_points, halves, judge_gate, next_scale
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.evaluation import Measured, TaskRows, openings
 from burnish.models import Limits, generate, layer_count, publish_scaled, tokens_of, trained_hash, verify_adapter, weights_hash
@@ -36,6 +36,7 @@ SuiteRows = dict[str, dict[str, Measured]]
 KL_WEIGHT, MORE_KL = 0.1, 3.0  # nats per nat; where the recipe has a weight already, so many times that
 MORE_REPLAY, MOST_REPLAY = 2.0, 0.5  # likewise: so many times the share, up to half of the rows
 RANK_DIVISOR = 4
+REFINEMENTS = 2  # scales besides those asked for: each halves the span in which the smallest that keeps enough must lie
 REPLAY_TOKENS = 64  # of each answer that the base writes for replay
 
 
@@ -162,18 +163,36 @@ def repair(bench: Bench, before: SuiteRows, after: SuiteRows, *, judging: Mappin
 
 
 def _scales(seen: _Selection) -> None:
+    """The scales asked for, the nearest to 1 first; then REFINEMENTS more, where the smallest that keeps enough of the gain must lie."""
     for scale in sorted({scale for scale in seen.bench.options.scales if scale != 1}, key=lambda scale: (scale > 1, abs(1 - scale))):
-        if not seen.fits():
-            seen.leave_out(f"scale {scale:g}", "the time is up")
-            continue
-        try:
-            state = seen.bench.at(scale)
-            seen.measure(state, "scale", scale=scale)
-        except BurnishError as problem:
-            if "cannot be scaled" not in str(problem):
-                raise
-            seen.leave_out("scale", str(problem))
+        if not _scale(seen, scale):
             return
+    for _ in range(REFINEMENTS):
+        tasks = {point["name"]: point["task"] for point in seen.points}
+        gain = tasks["tuned"] - tasks["base"]
+        measured = (
+            {point["scale"]: (point["task"] - tasks["base"]) / gain for point in seen.points if point["kind"] == "scale"}
+            if gain > 0
+            else {}
+        )
+        further = next_scale({**measured, 1.0: 1.0}) if measured else None
+        if further is None or not seen.fits() or not _scale(seen, further):
+            return
+
+
+def _scale(seen: _Selection, scale: float) -> bool:
+    """Measure one scale. False: this adapter cannot be scaled."""
+    if not seen.fits():
+        seen.leave_out(f"scale {scale:g}", "the time is up")
+        return True
+    try:
+        seen.measure(seen.bench.at(scale), "scale", scale=scale)
+    except BurnishError as problem:
+        if "cannot be scaled" not in str(problem):
+            raise
+        seen.leave_out("scale", str(problem))
+        return False
+    return True
 
 
 def _train(seen: _Selection, name: str) -> None:
