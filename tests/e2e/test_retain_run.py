@@ -137,6 +137,7 @@ def test_every_repair_is_a_point_or_is_told(repaired: dict[str, Any], trained: R
     points = {point["name"]: point for point in found["points"]}
     assert points["tuned"]["task"] > points["base"]["task"] + 0.05
     assert (points["base"]["change"], points["tuned"]["gain_kept"]) == (0, 1)
+    assert (points["base"]["change_low"], points["base"]["change_high"]) == (0, 0), "the base is certain not to have changed"
 
 
 def test_chosen_on_one_half_and_told_on_the_other(repaired: dict[str, Any], trained: Run, suites: Path) -> None:

@@ -30,7 +30,7 @@ from burnish.tasks import METRICS
 from burnish.types import Tell, silent
 
 RULES = 1  # of measuring; a change makes the rows on the disk another measurement's
-_AT_ONCE = 24  # items between two writes
+_AT_ONCE = 32  # items between two writes
 _SHOWN_CHARACTERS = 600
 
 

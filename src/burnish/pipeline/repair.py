@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from burnish import training
-from burnish.advice import Point, change_interval, choose, compare_points, halves, judge_gate, next_scale
+from burnish.advice import Pair, Point, change_interval, choose, compare_points, halves, judge_gate, next_scale
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.evaluation import Measured, TaskRows, openings
 from burnish.models import Limits, generate, layer_count, publish_scaled, tokens_of, trained_hash, verify_adapter, weights_hash
@@ -121,7 +121,7 @@ class _Selection:
             raise DataError("no validation row can be scored: there is no gain to be kept")
         pairs = pairs_of(self.bench.suites, self.before, self.bench.suite_rows(state, self.half), self.half)
         low, high = bootstrap_interval(values, **self.judging)
-        change = dict(zip(("change", "change_low", "change_high"), change_interval(pairs, **self.judging), strict=True))
+        change = _change(state.name, pairs, self.judging)
         task = {"task": float(np.mean(values)), "task_low": low, "task_high": high, "task_rows": len(values)}
         self.points.append({"name": state.name, "kind": kind, **facts, **task, **change, "seconds": round(time.monotonic() - started, 1)})
         self.states[state.name] = state
@@ -276,11 +276,17 @@ def _told(seen: _Selection, chosen: str, half: dict[str, frozenset[str]], max_dr
     points = {}
     for name in names:
         low, high = bootstrap_interval(values[name], **seen.judging)
-        change = dict(zip(("change", "change_low", "change_high"), change_interval(pairs[name], **seen.judging), strict=True))
+        change = _change(name, pairs[name], seen.judging)
         points[name] = {"task": float(np.mean(values[name])), "task_low": low, "task_high": high, **change}
     shares = compare_points((values["base"], values["tuned"], values[chosen]), (pairs["tuned"], pairs[chosen]), **seen.judging)
     gate = None if max_drop is None or chosen == "tuned" else judge_gate(pairs[chosen], max_drop, **seen.judging)
     return {"reported": points, **shares, "task": {"rows": len(rows)}, "gate": gate}
+
+
+def _change(name: str, pairs: Sequence[Pair], judging: Mapping[str, Any]) -> dict[str, float]:
+    """The change against the base with its interval; the base itself did not change, and that is certain."""
+    found = (0.0, 0.0, 0.0) if name == "base" else change_interval(pairs, **judging)
+    return dict(zip(("change", "change_low", "change_high"), found, strict=True))
 
 
 def _publish(seen: _Selection, chosen: str) -> dict[str, Any] | None:
