@@ -29,6 +29,7 @@ _PLACES = {
     "run_recipe": "burnish.pipeline",
     "estimate": "burnish.pipeline",
     "sweep": "burnish.pipeline",
+    "retain": "burnish.pipeline",
     "BurnishError": "burnish.errors",
     "RecipeError": "burnish.errors",
     "DataError": "burnish.errors",

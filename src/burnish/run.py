@@ -19,6 +19,8 @@
     ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
     ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
     ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
+    ├── retain.json            of `burnish retain`: what was forgotten, and the repair; retain/ has its rows, answers and trainings
+    ├── adapter-repaired/      the point between task and retention that was chosen, where it is another than adapter/
     ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
     ├── model_card.md          the model's README in Hugging Face's form, with the report's numbers
     ├── curve.json curve.jsonl curve.html    of `burnish curve`: what doubled data is worth, a line a training, the page
@@ -51,11 +53,12 @@ from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_
 
 # Each step, and those whose results no longer hold once it begins again.
 STEPS: dict[str, tuple[str, ...]] = {
-    "prepare": ("baselines", "train", "evaluate", "compare", "report"),
+    "prepare": ("baselines", "train", "evaluate", "compare", "retain", "report"),
     "baselines": ("compare", "report"),
-    "train": ("evaluate", "compare", "report"),
+    "train": ("evaluate", "compare", "retain", "report"),
     "evaluate": ("compare", "report"),
     "compare": ("report",),
+    "retain": ("report",),
     "report": (),
 }
 
@@ -231,6 +234,28 @@ class Run:
         return self.path / "model_card.md"
 
     @property
+    def retain_file(self) -> Path:
+        return self.path / "retain.json"
+
+    @property
+    def retain_folder(self) -> Path:
+        """Rows, answers and trainings of `burnish retain`; each training is a run of its own."""
+        return self.path / "retain"
+
+    @property
+    def retain_rows_file(self) -> Path:
+        return self.retain_folder / "rows.jsonl"
+
+    @property
+    def replay_file(self) -> Path:
+        """Rows that the base model wrote for replay."""
+        return self.retain_folder / "replay.jsonl"
+
+    @property
+    def repaired_folder(self) -> Path:
+        return self.path / "adapter-repaired"
+
+    @property
     def report_file(self) -> Path:
         return self.path / "report.html"
 
@@ -383,13 +408,17 @@ class Run:
         status["steps"] = {name: entry for name, entry in status["steps"].items() if name not in steps}
         if self.status_file.exists():
             self.write_json(self.status_file, status)
-        stale = {"compare": (self.comparison_file,), "report": (self.report_file, self.report_json_file, self.card_file)}
+        stale = {
+            "compare": (self.comparison_file,),
+            "retain": (self.retain_file, self.repaired_folder),
+            "report": (self.report_file, self.report_json_file, self.card_file),
+        }
         for path in (path for step in steps for path in stale.get(step, ())):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Remove what a process that died was writing aside; the lock is held, so nobody else is writing. Stages are runs of their own."""
-        for place in (self.path, *(self.path / name for name in ("data", "candidates", "training", "training/tokens"))):
+        for place in (self.path, *(self.path / name for name in ("data", "candidates", "training", "training/tokens", "retain"))):
             for left in filter(_is_aside, place.glob(".*.tmp")):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 

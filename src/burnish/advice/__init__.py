@@ -12,11 +12,14 @@ from burnish.advice.draws import row_draws, seed_draws
 from burnish.advice.estimate import Estimate, Forecast, forecast_here
 from burnish.advice.gpus import GPUS, find_gpu, forecast_on
 from burnish.advice.neighbours import Neighbours, find_neighbours
+from burnish.advice.repair import ENOUGH_GAIN, RULE, Point, choose, compare_points, next_scale
+from burnish.advice.retain import Gate, Pair, change_interval, halves, judge_gate, judge_retention, retention_sentence
 from burnish.advice.rules import OF_USE, RULES, Facts, Rule
 from burnish.advice.value import SIGNALS, Proof, Signals, judge_kept, kept_rows, rank_rows, reasons
 
 __all__ = [
-    "FRACTIONS", "GPUS", "OF_USE", "RULES", "SIGNALS", "Answer", "Estimate", "Facts", "Fit", "Forecast", "Neighbours", "Proof", "Rule", "Signals",
-    "answer_curve", "choose_base", "decide", "find_gpu", "find_neighbours", "fit_curve", "forecast_here", "forecast_on", "judge_kept", "kept_rows",
-    "nested", "rank_rows", "reasons", "row_draws", "seed_draws",
+    "ENOUGH_GAIN", "FRACTIONS", "GPUS", "OF_USE", "RULE", "RULES", "SIGNALS", "Answer", "Estimate", "Facts", "Fit", "Forecast", "Gate", "Neighbours",
+    "Pair", "Point", "Proof", "Rule", "Signals", "answer_curve", "change_interval", "choose", "choose_base", "compare_points", "decide", "find_gpu",
+    "find_neighbours", "fit_curve", "forecast_here", "forecast_on", "halves", "judge_gate", "judge_kept", "judge_retention", "kept_rows", "nested",
+    "next_scale", "rank_rows", "reasons", "retention_sentence", "row_draws", "seed_draws",
 ]  # fmt: skip

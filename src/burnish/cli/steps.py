@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -238,15 +238,31 @@ def finish(job: Run, as_json: bool) -> None:
 
     content = job.read_json(job.comparison_file)
     if as_json:
-        kept = {key: value for key, value in content.items() if key != "rows_detail"}
-        print_json({"run": str(job.path), "report": str(job.report_file), **kept})
+        shown = {key: value for key, value in content.items() if key != "rows_detail"}
+        retained = {"retain": job.read_json(job.retain_file)} if job.retain_file.exists() else {}
+        print_json({"run": str(job.path), "report": str(job.report_file), **shown, **retained})
     else:
         from burnish.cli.tables import show_verdict
 
         show_verdict(job)
+    kept = job.read_json(job.retain_file) if job.retain_file.exists() else None
+    if kept is not None and not as_json:
+        from burnish.cli.retain import show_retention
+
+        show_retention(kept)
     if any(CANDIDATES[row["name"]].trained for row in content["candidates"]):
         codes = {Verdict.BETTER: EXIT_DONE, Verdict.WORSE: EXIT_GATE_SAID_NO, Verdict.CANT_TELL: EXIT_CANT_TELL}
-        raise typer.Exit(codes[Verdict(content["verdict"])])
+        # A model that is better but forgets does not pass; one that is not better has failed already.
+        raise typer.Exit(codes[Verdict(content["verdict"])] or gate_code(kept))
+
+
+def gate_code(kept: dict[str, Any] | None) -> int:
+    """The exit code of the gate on retention: 0 where there is none."""
+    from burnish.advice import Gate
+    from burnish.pipeline import gate_of
+
+    state = gate_of(kept) if kept is not None else None
+    return {Gate.FAILED: EXIT_GATE_SAID_NO, Gate.CANT_TELL: EXIT_CANT_TELL}.get(Gate(state), EXIT_DONE) if state is not None else EXIT_DONE
 
 
 def _launch(processes: int, folder: Path) -> None:

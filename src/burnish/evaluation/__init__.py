@@ -19,9 +19,12 @@ from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict, rows_per_second
+from burnish.evaluation.rescore import TaskRows, score_task
+from burnish.evaluation.retention import SUITES, Ground, Measured, measure_suite
 from burnish.evaluation.retrieve import BY_WORDS, Library, Words
 from burnish.evaluation.select import select, settings_to_try
 from burnish.evaluation.speed import AnswerCost, Asked, costs, spread, text_costs
+from burnish.evaluation.suites import DEFAULT_SUITES, Suite, openings, read_suites
 from burnish.evaluation.weigh import weigh, weigh_runs
 from burnish.models import Chat, Limits, base_state, can_embed, embed, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import EndpointSection, Recipe
@@ -174,7 +177,8 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "AnswerCost", "Words", "answer_costs", "candidates_for", "compare_run", "compare_text",
-    "detectable", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for", "measure_text", "on_tuned_base", "rows_per_second",
-    "text_costs", "validation_answers", "validation_score", "weigh", "weigh_runs",
+    "BITS_PER_BYTE", "CANDIDATES", "DEFAULT_SUITES", "SUITES", "TEXT_CANDIDATES", "AnswerCost", "Ground", "Measured", "Suite", "TaskRows", "Words",
+    "answer_costs", "candidates_for", "compare_run", "compare_text", "detectable", "endpoint_of", "evaluate", "is_answered", "is_measured",
+    "limits_for", "measure_suite", "measure_text", "on_tuned_base", "openings", "read_suites", "rows_per_second", "score_task", "text_costs",
+    "validation_answers", "validation_score", "weigh", "weigh_runs",
 ]  # fmt: skip

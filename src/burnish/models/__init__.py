@@ -16,11 +16,12 @@ from burnish.models.generate import Generation, Limits, end_at_stop, generate, l
 from burnish.models.int8 import pack_base
 from burnish.models.kernels import Kernels, NoKernels, find_kernels
 from burnish.models.layers import choose_layers, decoder_layers
-from burnish.models.likelihood import negative_log_likelihood
+from burnish.models.likelihood import Continuation, continuation_tokens, negative_log_likelihood, score_continuations
 from burnish.models.load import (
     base_state,
     context_window,
     find_model,
+    layer_count,
     load_base,
     load_chat,
     load_model,
@@ -34,11 +35,14 @@ from burnish.models.merge import Merged, merge_adapter
 from burnish.models.methods import LEARNING_RATES, METHODS, trainable_parameters
 from burnish.models.quantize import QUANTIZERS, is_quantized, quantizer_facts
 from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, save_trained, trained_hash, verify_adapter
+from burnish.models.scale import Published, Scaled, publish_scaled
 
 __all__ = [
-    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Kernels", "Limits", "Merged", "NoKernels", "Segment",
-    "attend_by_segment", "base_state", "can_embed", "choose_layers", "context_window", "decoder_layers", "embed", "end_at_stop", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
-    "is_quantized", "layout", "licence_of", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
-    "negative_log_likelihood", "pack_base", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",
-    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "watch_calls", "weights_bytes", "weights_hash", "windows_reach",
+    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Continuation", "Generation", "Kernels", "Limits", "Merged",
+    "NoKernels", "Published", "Scaled", "Segment", "attend_by_segment", "base_state", "can_embed", "choose_layers", "context_window",
+    "continuation_tokens", "decoder_layers", "embed", "end_at_stop", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
+    "is_quantized", "layer_count", "layout", "licence_of", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat",
+    "merge_adapter", "negative_log_likelihood", "pack_base", "publish_scaled", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype",
+    "save_trained", "score_continuations", "tokenizer_hash", "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "watch_calls",
+    "weights_bytes", "weights_hash", "windows_reach",
 ]  # fmt: skip

@@ -5,6 +5,7 @@
     train     fine-tune; keep the checkpoint with the best validation loss                    train
     evaluate  the fine-tuned model answers the same test rows                                 evaluate
     compare   scores with intervals, paired tests, one verdict                                compare
+    retain    what the tuned model has forgotten, where the recipe's `retain` asks                      retain
     report    one HTML page and one JSON file                                                 report
 
 Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
@@ -13,6 +14,7 @@ so a run that was cut off goes on where it stopped.
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
     estimate.py what a run will cost
     curve.py    how much more data would bring          value.py    which rows help or hurt
+    retention.py, repair.py    retain
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from burnish.pipeline.chain import train
 from burnish.pipeline.curve import CurvePlan, curve
 from burnish.pipeline.decide import Wish, decide
 from burnish.pipeline.estimate import estimate
+from burnish.pipeline.retention import RetainOptions, gate_of, retain
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.pipeline.value import ValuePlan, value
@@ -63,6 +66,8 @@ def run_recipe(
             train(job, dataset=dataset, chat=chat, tell=tell)
             evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
         compare(job, tell=tell)
+        if recipe.retain.given and job.training_file.exists():
+            retain(job, dataset=dataset, chat=chat, tell=tell)
         write_report(job, tell=tell)
     return job
 
@@ -74,7 +79,7 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "CurvePlan", "ValuePlan", "Wish", "assist", "check", "compare", "curve", "dataset_of", "decide", "decide_bases", "demo_recipe",
-    "estimate", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train", "value",
-    "versions", "write_report",
+    "DEMO", "Aim", "CurvePlan", "RetainOptions", "ValuePlan", "Wish", "assist", "check", "compare", "curve", "dataset_of", "decide", "decide_bases",
+    "demo_recipe", "estimate", "evaluate", "gate_of", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "retain", "run_recipe",
+    "sweep", "task_of", "train", "value", "versions", "write_report",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from burnish.recipe.knobs import (
     LoraSection,
     ModelSection,
     Recipe,
+    RetainSection,
     StageSection,
     TaskSection,
     TrainingSection,
@@ -226,6 +227,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
     training = content.get("training")
     if isinstance(training, dict):
         holders.append((training, "replay_data"))
+    retain = content.get("retain")
+    if isinstance(retain, dict) and isinstance(retain.get("suites"), list):
+        retain["suites"] = [_anchored_suite(name, folder) for name in retain["suites"]]
     task = content.get("task")
     if isinstance(task, dict) and ".py:" in str(task.get("metric")):
         holders.append((task, "metric"))
@@ -245,6 +249,13 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
             or (anchored.exists() and "/" in value)
         ):
             holder[key] = str(Path(anchored).resolve()) if not value.startswith("~") else str(Path(value).expanduser())
+
+
+def _anchored_suite(name: Any, folder: Path) -> Any:
+    """A file or folder of suites as an absolute path; the names that are no paths as they are."""
+    if not isinstance(name, str) or not name or name == "embedded" or name.startswith("lm-eval:"):
+        return name
+    return str((folder / Path(name).expanduser()).resolve())
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -322,6 +333,7 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
 
 
 __all__ = [
-    "MAX_LEAVES", "PEERS_NAMES", "Auto", "DataSection", "EndpointSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe",
-    "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "leaves", "load_recipe", "parse_value", "schema", "stage_recipes",
+    "MAX_LEAVES", "PEERS_NAMES", "Auto", "DataSection", "EndpointSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection",
+    "ModelSection", "Recipe", "RetainSection", "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe",
+    "explain", "leaves", "load_recipe", "parse_value", "schema", "stage_recipes",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from burnish.errors import DataError
 from burnish.recipe import dump_recipe
 from burnish.report.curve import curve_facts
 from burnish.report.forecast import forecast_facts
+from burnish.report.pareto import retain_facts
 from burnish.report.texts import encodable, is_number
 from burnish.run import Run, hash_of
 
@@ -113,6 +114,7 @@ def gather(run: Run) -> dict[str, Any]:
             "stages": _stages(run),
             "forecast": forecast_facts(run),
             "curve": curve_facts(run),
+            "retain": retain_facts(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),

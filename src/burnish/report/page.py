@@ -15,6 +15,7 @@ from burnish.report.curve import curve_figure
 from burnish.report.decision import decision_view
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
 from burnish.report.forecast import forecast_figure
+from burnish.report.pareto import retain_figures
 
 LONG_TEXT, LONGEST_TEXT = 400, 20_000  # characters: folded from here, cut from there
 FIRST_FIELDS, FIRST_CARDS = 15, 4  # shown unfolded: rows of the per-field table, rows of answers of one kind
@@ -118,6 +119,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, Markup]:
             "curve": curve_figure(facts["curve"], width=width) if facts["curve"] else None,
             "stages": stages_figure(facts["stages"], width=width) if facts["stages"] and facts["stages"]["states"] else None,
             "forecast": forecast_figure(facts["forecast"], width=width) if facts["forecast"] else None,
+            **retain_figures(facts["retain"], width=width),
         }
         for name, chart in drawn.items():
             if chart is not None:
