@@ -12,6 +12,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # as the command line has it: threads that spin take the cores from whoever else is there
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")

@@ -110,7 +110,11 @@ def _recall(reference: str, text: str) -> float:
 
 
 def _told(setting: Setting) -> str:
-    parts = [setting.prompt_form, f"{setting.shots} shots"]
-    return ", ".join(
-        parts + ([f"{setting.passages} passages"] if setting.passages else []) + ([setting.way] if setting.way != BY_WORDS else [])
-    )
+    looked_up = setting.way != BY_WORDS and (setting.shots or setting.passages)
+    parts = [
+        setting.prompt_form,
+        f"{setting.shots} shots",
+        f"{setting.passages} passages" if setting.passages else "",
+        setting.way if looked_up else "",
+    ]
+    return ", ".join(part for part in parts if part)
