@@ -60,7 +60,7 @@ def test_the_report_compares_forecast_and_fact(estimated: Run) -> None:
     assert lines["step"]["actual"] == pytest.approx(summary["step_seconds"] / summary["steps"], rel=1e-3)
     assert lines["memory"]["actual"] == summary["peak_memory_bytes"]
     for line in told["lines"]:
-        assert line["ratio"] == pytest.approx(line["forecast"] / line["actual"], abs=1e-3)
+        assert line["ratio"] == pytest.approx(line["forecast"] / line["actual"], rel=2e-2, abs=1e-3), line
     page = estimated.report_file.read_text()
     assert "Forecast and fact" in page
 
