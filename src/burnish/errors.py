@@ -7,6 +7,7 @@
     ├── TrainingError    1   training could not go on (diverged, nothing to train, disk full)
     │   └── GateError    3   a stage did not pass its gate: an answer, with its numbers; what came before it is kept
     └── ServingError     1   an export or a request could not be served
+        └── EndpointError   1   a model behind an address gave no answer, or asking it would pass the spending cap
 
     KeyboardInterrupt
     └── Stopped  130 or 143  somebody asked to stop (Ctrl-C, SIGTERM): what was done is saved, the same command goes on
@@ -93,6 +94,14 @@ class GateError(TrainingError):
 
 class ServingError(BurnishError):
     pass
+
+
+class EndpointError(ServingError):
+    """`code` is for programs: spending_cap · rate_limit · key_refused · refused · unreachable · unreadable (not a chat completion) · stopped."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Stopped(KeyboardInterrupt):
