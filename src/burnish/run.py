@@ -7,7 +7,7 @@
     ├── events.jsonl           what happened, in order
     ├── lock                   held by the process that works here
     ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json (replay.jsonl, where rows are replayed)
-    ├── candidates/            selection.json, one predictions file per candidate
+    ├── candidates/            selection.json, one predictions file per candidate (and NAME.samples.jsonl, where several answers are drawn)
     ├── endpoints/             NAME.jsonl: every answer of an endpoint by the hash of its request, and what it cost
     ├── training/              metrics.jsonl, summary.json (rate.json, where a range test found the learning rate; reference.json of preferences), tokens/
     ├── checkpoints/           while training: step-N/ to go on from, best-N/ the best weights so far; gone once the training is done
@@ -89,6 +89,9 @@ class Run:
 
     def predictions_file(self, candidate: str) -> Path:
         return self.path / "candidates" / f"{candidate}.jsonl"
+
+    def samples_file(self, candidate: str) -> Path:
+        return self.path / "candidates" / f"{candidate}.samples.jsonl"
 
     def endpoint_file(self, name: str) -> Path:
         return self.path / "endpoints" / f"{name}.jsonl"

@@ -7,6 +7,7 @@ invariant   every candidate answers the same rows; what is chosen is chosen on v
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,7 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_con
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict
+from burnish.evaluation.samples import draw_samples, drawing_of
 from burnish.evaluation.select import select
 from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import Recipe
@@ -46,6 +48,11 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
         setting = Setting(**chosen[name]) if name in chosen else Setting()
         kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
+        if (drawing := drawing_of(recipe)) is not None:
+            drawn = dataclasses.replace(kept, keep=run.samples_file(name))
+            draw_samples(
+                model, name, dataset.test, setting=setting, context=context, limits=limits, options=drawn, drawing=drawing, seed=recipe.seed
+            )
 
 
 def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
@@ -85,7 +92,7 @@ def _choose(
     key = hash_of(
         names,
         seen,
-        recipe.to_dict()["evaluation"],
+        {key: value for key, value in recipe.to_dict()["evaluation"].items() if key != "checks"},
         task.metric,
         context.instruction,
         asdict(limits),
@@ -102,6 +109,6 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "evaluate", "is_answered", "is_measured", "limits_for",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "drawing_of", "evaluate", "is_answered", "is_measured", "limits_for",
     "measure_text", "on_tuned_base", "validation_score",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from burnish.models.attention import Segment, attend_by_segment
 from burnish.models.chat import IGNORED, Chat, make_chat, tokens_of
 from burnish.models.fused import fuse
 from burnish.models.fused_attention import fuse_attention
-from burnish.models.generate import Generation, Limits, generate
+from burnish.models.generate import Generation, Limits, Sampling, generate
 from burnish.models.int8 import pack_base
 from burnish.models.kernels import Kernels, NoKernels, find_kernels
 from burnish.models.layers import choose_layers, decoder_layers
@@ -33,7 +33,7 @@ from burnish.models.quantize import QUANTIZERS, is_quantized, quantizer_facts
 from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, save_trained, trained_hash, verify_adapter
 
 __all__ = [
-    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Kernels", "Limits", "Merged", "NoKernels", "Segment",
+    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Kernels", "Limits", "Merged", "NoKernels", "Sampling", "Segment",
     "attend_by_segment", "base_state", "choose_layers", "context_window", "decoder_layers", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
     "is_quantized", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
     "negative_log_likelihood", "pack_base", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",

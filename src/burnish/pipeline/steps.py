@@ -31,7 +31,7 @@ from burnish.models import (
 )
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_file, hash_of
-from burnish.tasks import Task, detect_task, find_metric, task_for
+from burnish.tasks import Task, detect_task, find_metric, task_for, verify_checks
 from burnish.training import BASE, Start
 from burnish.types import Dataset, Tell, silent
 
@@ -62,6 +62,7 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     if gone := _gone(job, recipe, asked):
         tell("source gone", 0, 0, f"{gone} is no longer there; the run goes on with its own copy of the rows")
         return None
+    verify_checks([(check.name, check.settings) for check in recipe.evaluation.checks or ()])
     tell("reading the rows", 0, 0, recipe.data.train)
     with job.step("prepare", inputs) as entry:
         loaded = data_room.load(recipe)
@@ -203,7 +204,8 @@ def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
         if recipe.training.objective == "text":
             content = evaluation.compare_text(job, recipe, dataset.test)
         else:
-            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
+            train = [example.reference for example in dataset.train]
+            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, train=train, tell=tell)
         job.write_json(job.comparison_file, content)
     return content
 
@@ -320,7 +322,10 @@ def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[st
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that decide what a candidate answers, given its weights: a rate found later must not measure the baselines again."""
     parts = recipe.to_dict()
-    return {key: parts[key] for key in ("seed", "model", "data", "task", "evaluation")}
+    del parts["evaluation"]["checks"]  # they judge what was answered; only one of them asks for more answers
+    drawing = evaluation.drawing_of(recipe)
+    drawn = {} if drawing is None else {"drawn": drawing.model_dump()}
+    return {key: parts[key] for key in ("seed", "model", "data", "task", "evaluation")} | drawn
 
 
 def _splits(dataset: Dataset, names: Sequence[str] = SPLITS) -> list[str]:
