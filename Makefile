@@ -1,6 +1,7 @@
 # make demo    set everything up, run the main job on the embedded model and data (about 10 minutes on 2 cores)
 # make test    set everything up, run the tests (no network needed after the set-up)
 # make check   what CI checks besides: format, lint, types
+# make verdicts    `burnish decide` on six data sets of ../shared/data (about 1½ hours on 2 cores)
 # make test-long   the tests that take minutes (marker `long`)
 # Set-up happens once; it is repeated when pyproject.toml or constraints.txt change.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-long check format setup clean
+.PHONY: demo test test-long verdicts check format setup clean
 
 demo: $(READY)
 	$(BIN)/burnish demo --run runs/demo
@@ -18,6 +19,10 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
+
+verdicts: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embeddings]'
+	$(BIN)/python benchmarks/verdicts.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests

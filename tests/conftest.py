@@ -164,3 +164,30 @@ def with_adapter(family: str, tokenizer: Any, *, started: bool = True) -> Any:
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.05)
     return model
+
+
+@pytest.fixture
+def prepared(tiny_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A prepared run of 64 colour rows on the tiny Llama; keywords are keys of `training`, `lora` and `evaluation` are those sections."""
+    from burnish import pipeline
+    from burnish.recipe import build_recipe
+    from burnish.run import Run
+
+    def make(*, lora: dict[str, Any] | None = None, evaluation: dict[str, Any] | None = None, **training: Any) -> Any:
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(64)))
+        recipe = build_recipe(
+            {
+                "model": {"name": str(tiny_folder), "dtype": "float32"},
+                "data": {"train": str(data), "validation_fraction": 0.15, "test_fraction": 0.2, "overlap_ngram": 0},
+                "task": {"metric": "exact_match"},
+                "lora": {"rank": 4, **(lora or {})},
+                "training": {"epochs": 1, "learning_rate": 0.01, "micro_batch_size": 4, **training},
+                "evaluation": {"candidates": ["base", "tuned"], "max_new_tokens": 4, **(evaluation or {})},
+            }
+        )
+        run = Run.create(tmp_path / "run", recipe, fresh=True)
+        pipeline.prepare(run)
+        return run
+
+    return make

@@ -21,6 +21,7 @@ _PLACES = {
     "Run": "burnish.run",
     "check": "burnish.pipeline",
     "prepare": "burnish.pipeline",
+    "decide": "burnish.pipeline",
     "train": "burnish.pipeline",
     "evaluate": "burnish.pipeline",
     "compare": "burnish.pipeline",

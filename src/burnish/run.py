@@ -15,6 +15,9 @@
     ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
     ├── comparison.json        scores, intervals, verdict
+    ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
+    ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
+    ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
     ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
     └── report.html report.json
 
@@ -37,7 +40,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from burnish.errors import BurnishError, DataError, RecipeError, Stopped, disk_errors
 from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_recipe
@@ -116,6 +119,29 @@ class Run:
         return self.path / "stages" / name
 
     @property
+    def decision_file(self) -> Path:
+        return self.path / "decision.json"
+
+    @property
+    def decision_report_file(self) -> Path:
+        return self.path / "decision.html"
+
+    @property
+    def probe_file(self) -> Path:
+        return self.path / "probe.json"
+
+    @property
+    def probe_folder(self) -> Path:
+        return self.path / "probe"
+
+    @property
+    def bases_file(self) -> Path:
+        return self.path / "bases.json"
+
+    def base_folder(self, name: str) -> Path:
+        return self.path / "bases" / name
+
+    @property
     def sweep_file(self) -> Path:
         return self.path / "sweep.json"
 
@@ -138,7 +164,7 @@ class Run:
 
     @property
     def tokens_folder(self) -> Path:
-        """The rows as tokens, memory-mapped."""
+        """The rows as tokens."""
         return self.path / "training" / "tokens"
 
     @property
@@ -445,6 +471,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """So many bytes of an open file, wherever it stands. DataError where it has been cut since it was opened."""
+    found = os.pread(file.fileno(), size, start)
+    if len(found) != size:
+        raise DataError(f"{file.name}: {size} bytes expected at {start}, {len(found)} are there: the file was changed while it was in use")
+    return found
 
 
 def fsync_folder(path: Path) -> None:

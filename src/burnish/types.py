@@ -146,3 +146,15 @@ class Checkpoint:
     path: str
     step: int
     validation_loss: float | None  # mean nats per target token; None when the run has no validation rows
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do, with the numbers it rests on."""
+
+    verdict: str  # fine-tune · prompt · retrieve · more-data · no · cant-tell
+    sentence: str
+    reason: str  # with its numbers
+    rule: str  # the condition that held, in words
+    would_change: tuple[str, ...]  # what would change the decision
+    costs: dict[str, Any]  # of training and of answering, and from how many requests on training pays

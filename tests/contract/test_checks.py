@@ -22,7 +22,7 @@ def settings_of(name: str, folder: Path) -> Any:
     (folder / "terms.csv").write_text("preferred,forbidden\nblue,navy\n")
     given: dict[str, Any] = {
         "json_schema": str(folder / "schema.json"), "glossary": str(folder / "terms.csv"), "regex": "^The", "sections": ["One", "Two"],
-        "judge": {"endpoint": "big", "rubric": "r.md"},
+        "judge": {"rubric": "r.md"},
     }  # fmt: skip
     return CheckSection.model_validate({name: given.get(name, True)}).settings
 

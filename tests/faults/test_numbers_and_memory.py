@@ -14,32 +14,14 @@ import torch
 from burnish import pipeline, training
 from burnish.errors import TrainingError
 from burnish.models import trainable_parameters
-from burnish.recipe import build_recipe
 from burnish.run import Run
 from burnish.training.objective import OBJECTIVES, Supervised
 from burnish.types import Tokens
-from conftest import colour_rows
 
 
 @pytest.fixture
-def prepared(tiny_folder: Path, tmp_path: Path) -> Callable[..., Run]:
-    def make(**changes: Any) -> Run:
-        data = tmp_path / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(64)))
-        recipe = build_recipe(
-            {
-                "model": {"name": str(tiny_folder), "dtype": "float32"},
-                "data": {"train": str(data), "validation_fraction": 0.15, "test_fraction": 0.2, "overlap_ngram": 0},
-                "task": {"metric": "exact_match"},
-                "lora": {"rank": 4},
-                "training": {"epochs": 2, "learning_rate": 0.01, "micro_batch_size": 4, "checkpoint_steps": 3, **changes},
-            }
-        )
-        run = Run.create(tmp_path / "run", recipe, fresh=True)
-        pipeline.prepare(run)
-        return run
-
-    return make
+def prepared(prepared: Callable[..., Run]) -> Callable[..., Run]:
+    return lambda **training: prepared(**{"epochs": 2, "checkpoint_steps": 3, **training})
 
 
 class Faulty(Supervised):

@@ -16,32 +16,8 @@ from safetensors.torch import load_file, save_file
 from burnish import pipeline, training
 from burnish.errors import BurnishError, ModelError, TrainingError
 from burnish.models import trainable_parameters, trained_hash
-from burnish.recipe import build_recipe
 from burnish.run import Run, hash_file
 from burnish.training import checkpoint, proof
-from conftest import colour_rows
-
-
-@pytest.fixture
-def prepared(tiny_folder: Path, tmp_path: Path) -> Callable[..., Run]:
-    def make(*, lora: dict[str, Any] | None = None, **changes: Any) -> Run:
-        data = tmp_path / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(64)))
-        recipe = build_recipe(
-            {
-                "model": {"name": str(tiny_folder), "dtype": "float32"},
-                "data": {"train": str(data), "validation_fraction": 0.15, "test_fraction": 0.2, "overlap_ngram": 0},
-                "task": {"metric": "exact_match"},
-                "lora": {"rank": 4, **(lora or {})},
-                "training": {"epochs": 1, "learning_rate": 0.01, "micro_batch_size": 4, **changes},
-                "evaluation": {"candidates": ["base", "tuned"], "max_new_tokens": 4},
-            }
-        )
-        run = Run.create(tmp_path / "run", recipe, fresh=True)
-        pipeline.prepare(run)
-        return run
-
-    return make
 
 
 def rewrite_manifest(folder: Path) -> None:

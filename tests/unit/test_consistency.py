@@ -100,7 +100,7 @@ def test_checks_of_the_recipe_and_those_that_say_nothing(tmp_path: Path) -> None
         {"regex": "level"},
         {"meaning_representation": True},
         {"self_consistency": True},
-        {"judge": {"endpoint": "x", "rubric": "y"}},
+        {"judge": {"rubric": "y"}},
     ]
     content = found(tmp_path, checks)
     assert content["chosen"] == "by the recipe"

@@ -10,9 +10,9 @@ import pytest
 
 from burnish.data.formats import make_example
 from burnish.evaluation import limits_for
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context, prompt_ids, write_instruction
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, fitting, make_context, write_instruction
 from burnish.evaluation.compare import overall, sentence
-from burnish.evaluation.retrieve import Retriever, varied
+from burnish.evaluation.retrieve import Library, varied
 from burnish.models import Chat
 from burnish.tasks import detect_task
 from burnish.types import Comparison, Example, Verdict
@@ -33,7 +33,7 @@ TRAIN = [
 
 @pytest.fixture
 def context(chat: Chat) -> Context:
-    return make_context(chat, detect_task([e.reference for e in TRAIN * 5]), TRAIN, instruction=None, prompt_limit=400)
+    return make_context(chat, detect_task([e.reference for e in TRAIN * 5]), Library(TRAIN), instruction=None, prompt_limit=400)
 
 
 def test_bm25_finds_what_a_hand_count_finds() -> None:
@@ -51,15 +51,15 @@ def test_bm25_finds_what_a_hand_count_finds() -> None:
 
     for query in ("turn on the light", "jazz in the bedroom", "weather"):
         expected = sorted(range(4), key=lambda i: score(query.split(), questions[i]))
-        found = Retriever(TRAIN).nearest(query, 4)
+        found = Library(TRAIN).examples(query, 4)
         ranked = [score(query.split(), e.question.split()) for e in found]
         assert ranked == sorted(ranked), "the nearest stands last"
         assert found[-1] is TRAIN[expected[-1]]
 
 
 def test_retrieval_of_unknown_words_and_empty_questions() -> None:
-    assert len(Retriever(TRAIN).nearest("zzz", 2)) == 2
-    assert len(Retriever([example("?!", "a")]).nearest("", 3)) == 1
+    assert len(Library(TRAIN).examples("zzz", 2)) == 2
+    assert len(Library([example("?!", "a")]).examples("", 3)) == 1
 
 
 def test_varied_takes_unlike_answers_first() -> None:
@@ -87,9 +87,9 @@ def test_messages_of_each_candidate(context: Context) -> None:
 
 def test_examples_that_do_not_fit_are_left_out(context: Context) -> None:
     row = example("turn on the hall light", "x")
-    tight = Context(context.chat, context.instruction, context.train, context.retriever, 60, True)
-    full, shown = prompt_ids("few_shot", row, Setting("as_is", 4), context)
-    cut, fewer = prompt_ids("few_shot", row, Setting("as_is", 4), tight)
+    tight = Context(context.chat, context.instruction, context.library, 60, True)
+    _, full, shown = fitting("few_shot", row, Setting("as_is", 4), context)
+    _, cut, fewer = fitting("few_shot", row, Setting("as_is", 4), tight)
     assert fewer < shown == 4
     assert len(cut) <= 60 < len(full)
     assert full[-8:] == cut[-8:]
@@ -167,6 +167,9 @@ def test_selection_takes_the_best_and_then_the_cheapest(context: Context, monkey
         None, ["base", "few_shot", "tuned"], TRAIN, context=context, limits=Limits(5), metric=METRICS["exact_match"],
         settings=recipe.evaluation, options=Options(4),
     )  # fmt: skip
-    assert found["chosen"] == {"base": {"prompt_form": "as_is", "shots": 0}, "few_shot": {"prompt_form": "instructed", "shots": 2}}
+    assert {name: Setting(**kept) for name, kept in found["chosen"].items()} == {
+        "base": Setting("as_is", 0),
+        "few_shot": Setting("instructed", 2),
+    }
     assert len(found["tried"]) == 4
     assert "Input:" in found["example_prompts"]["base"]

@@ -173,7 +173,7 @@ def test_charts_bear_missing_numbers(tmp_path: Path) -> None:
     chart = scores_figure([empty], None, percent=True, width=WIDE)
     assert "A $x_1$ &lt;b&gt;" in chart  # no formula, no markup
     pair = {"baseline": "a", "difference": 0.0, "low": 0.0, "high": 0.0, "verdict": None}
-    assert "+0.0" in differences_figure([pair], {}, percent=True, detectable=None, width=NARROW)
+    assert "+0.0" in differences_figure([{"title": "against x", **pair}], percent=True, detectable=None, width=NARROW)
     run = fabricate(tmp_path / "run")
     run.write_jsonl(run.metrics_file, [line for line in training_lines() if "loss" in line])
     training = gather(run)["training"]

@@ -9,6 +9,7 @@ import pytest
 
 from burnish.data import example_to_row, make_example, row_to_example
 from burnish.data.rows import Rows
+from burnish.errors import DataError
 from burnish.training.store import TokenStore, stored
 from burnish.types import Example, Tokens
 
@@ -63,3 +64,23 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (lazy[3], lazy[-1], lazy[2:4]) == (examples[3], examples[6], tuple(examples[2:4]))
     path.write_text("")
     assert list(Rows(path, row_to_example)) == []
+
+
+def test_a_file_without_a_last_line_end_and_lines_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("burnish.data.rows._CHUNK_BYTES", 7)
+    path, examples = tmp_path / "train.jsonl", rows(5)
+    text = "\n".join(json.dumps(example_to_row(example), ensure_ascii=False) for example in examples)
+    path.write_text(text, encoding="utf-8")
+    assert list(Rows(path, row_to_example)) == examples
+
+
+def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(example_to_row(example)) + "\n" for example in rows(3)), encoding="utf-8")
+    lazy, store = Rows(path, row_to_example), stored(tmp_path / "t", "k", rows(5), tokenize, what="")
+    path.write_bytes(path.read_bytes()[:-10])
+    (tmp_path / "t" / "ids.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="changed while it was in use"):
+        lazy[-1]
+    with pytest.raises(DataError, match="changed while it was in use"):
+        store[0]

@@ -17,6 +17,7 @@ from typing import Any
 from burnish.data import home_assistant
 from burnish.data.check import Checked, FindControl, Tokenize, check_examples, statistics, token_lengths
 from burnish.data.formats import FORMATS, make_example, recognise, to_examples
+from burnish.data.passages import Passage, read_passages
 from burnish.data.read import DOCUMENTS, parse_json, read_documents, read_rows
 from burnish.data.rows import Rows
 from burnish.data.split import find_overlap, split_by_group, take
@@ -260,5 +261,5 @@ def _enough(splits: Mapping[str, Sequence[Example]], data: DataSection) -> None:
 
 
 __all__ = [
-    "REPLAY", "SPLITS", "Checked", "Loaded", "check", "example_to_row", "load", "make_example", "parse_json", "prepare", "read_split", "row_to_example", "statistics", "take",
+    "REPLAY", "SPLITS", "Checked", "Loaded", "Passage", "check", "example_to_row", "load", "make_example", "parse_json", "prepare", "read_passages", "read_split", "row_to_example", "statistics", "take",
 ]  # fmt: skip

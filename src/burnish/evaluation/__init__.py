@@ -10,16 +10,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, make_context
+from burnish.data import Passage, read_passages
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidates_for, make_context
 from burnish.evaluation.compare import compare_run, detectable, is_answered
+from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
-from burnish.evaluation.predict import Options, predict
+from burnish.evaluation.predict import Options, predict, rows_per_second
+from burnish.evaluation.retrieve import Library
 from burnish.evaluation.samples import draw_samples, drawing_of
 from burnish.evaluation.select import select
-from burnish.models import Chat, Limits, base_state, load_base, load_trained, trained_hash, verify_adapter, weights_hash
-from burnish.recipe import Recipe
+from burnish.evaluation.weigh import weigh, weigh_runs
+from burnish.models import Chat, Limits, base_state, can_embed, embed, load_base, load_trained, trained_hash, verify_adapter, weights_hash
+from burnish.recipe import EndpointSection, Recipe
 from burnish.run import Run, hash_of
 from burnish.tasks import Metric, Task, find_metric, measure, task_for
 from burnish.types import Dataset, Example, Tell, silent
@@ -41,18 +46,48 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
     room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
-    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=room)
+    library = library_for(run, dataset, recipe, tell)
+    context = make_context(chat, task, library, instruction=recipe.task.instruction, prompt_limit=room, client=client_for(run, recipe))
     options = Options(recipe.evaluation.batch_size, identity=identity, tell=tell)
-    chosen = {} if trained else _choose(run, model, names, dataset.validation, context, limits, recipe, task, options)
+    chosen = _chosen_before(run) if trained else _choose(run, model, names, dataset.validation, context, limits, recipe, task, options)
     for name in names:
         setting = Setting(**chosen[name]) if name in chosen else Setting()
         kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
-        if (drawing := drawing_of(recipe)) is not None:
+        if (drawing := drawing_of(recipe)) is not None and CANDIDATES[name].by == "model":
             drawn = dataclasses.replace(kept, keep=run.samples_file(name))
             draw_samples(
                 model, name, dataset.test, setting=setting, context=context, limits=limits, options=drawn, drawing=drawing, seed=recipe.seed
             )
+
+
+def library_for(run: Run, dataset: Dataset, recipe: Recipe, tell: Tell = silent) -> Library:
+    """What the run's candidates can look up: its training rows, and the recipe's documents."""
+    passages: list[Passage] = []
+    if recipe.data.documents is not None:
+        tell("reading the documents", 0, 0, recipe.data.documents)
+        passages = read_passages(recipe.data.documents, [example.reference for example in dataset.train])
+    return Library(
+        dataset.train, passages, embed=partial(embed, tell=tell) if can_embed() else None, folder=run.predictions_file("base").parent
+    )
+
+
+def client_for(run: Run, recipe: Recipe) -> Client | None:
+    """Of the recipe's larger model; its answers are kept in the run, so that none is paid for twice."""
+    section = recipe.evaluation.endpoint
+    return None if section is None else Client(endpoint_of(section), run.endpoint_file("endpoint"))
+
+
+def endpoint_of(section: EndpointSection) -> Endpoint:
+    """Raises RecipeError for an address that a key must not be sent to."""
+    return Endpoint(name="endpoint", **section.model_dump())
+
+
+def _chosen_before(run: Run) -> dict[str, dict[str, Any]]:
+    """The tuned model reads the documents as the base does best, and is asked as it was trained."""
+    chosen = run.read_json(run.selection_file)["chosen"] if run.selection_file.exists() else {}
+    rag = chosen.get("rag", asdict(Setting(passages=1)))
+    return {"tuned_rag": {**rag, "prompt_form": "as_is", "shots": 0}}
 
 
 def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
@@ -67,7 +102,7 @@ def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, m
     """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     task = task_for(metric.name, [example.reference for example in dataset.train])
-    context = make_context(chat, task, dataset.train, instruction=recipe.task.instruction, prompt_limit=_LONGEST_CONTEXT_TOKENS)
+    context = make_context(chat, task, Library(()), instruction=recipe.task.instruction or "", prompt_limit=_LONGEST_CONTEXT_TOKENS)
     options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
     rows = dataset.validation
     made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
@@ -87,11 +122,13 @@ def _choose(
     run: Run, model: Any, names: Sequence[str], validation: Sequence[Example], context: Context, limits: Limits, recipe: Recipe, task: Task,
     options: Options,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    rows = sorted(validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
-    seen = [row.id for row in [*rows, *context.train]]
+    library = context.library
+    seen = [row.id for row in [*validation, *library.train]]
     key = hash_of(
         names,
         seen,
+        [[passage.text, passage.answer] for passage in library.passages],
+        library.ways,
         {key: value for key, value in recipe.to_dict()["evaluation"].items() if key != "checks"},
         task.metric,
         context.instruction,
@@ -101,14 +138,13 @@ def _choose(
     )
     if run.selection_file.exists() and (before := run.read_json(run.selection_file)).get("key") == key:
         return dict(before["chosen"])
-    found = select(
-        model, names, rows, context=context, limits=limits, metric=find_metric(task.metric), settings=recipe.evaluation, options=options
-    )
+    metric, settings = find_metric(task.metric), recipe.evaluation
+    found = select(model, names, validation, context=context, limits=limits, metric=metric, settings=settings, options=options)
     run.write_json(run.selection_file, {"key": key, **found})
     return dict(found["chosen"])
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "compare_run", "compare_text", "detectable", "drawing_of", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "validation_score",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "candidates_for", "compare_run", "compare_text", "detectable", "drawing_of", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for",
+    "measure_text", "on_tuned_base", "rows_per_second", "validation_score", "weigh", "weigh_runs",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from burnish.recipe import Recipe
 from burnish.run import Run
 from burnish.tasks import (
     CORPUS_RESAMPLES,
+    Difference,
     Metric,
     Task,
-    build_comparisons,
+    compare,
     compare_corpus,
     corpus_bootstrap,
     counts,
@@ -26,7 +28,7 @@ from burnish.tasks import (
     find_metric,
     headline,
     json_fields,
-    judge,
+    judge_pairs,
     measure,
     score_rows,
     texts,
@@ -39,17 +41,16 @@ _FURTHER_RESAMPLES = 60
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Ground:
+class Ground:
     """What every candidate is judged on: the test rows whose references the metric can read."""
 
-    run: Run
     recipe: Recipe
     task: Task
     metric: Metric
     test: list[Example]
     predictions: dict[str, list[Prediction]]
     scores: dict[str, list[Score]]
-    tell: Tell
+    tell: Tell = silent
 
     @property
     def references(self) -> list[str]:
@@ -70,10 +71,10 @@ def compare_run(
 
     `train`: the training answers, by which the checks of consistency are chosen and their tone is learnt.
     """
-    ground = _ground(run, recipe, task, test, tell)
+    ground = ground_of(run, recipe, task, test, tell)
     metric, rows = ground.metric, len(ground.test)
     comparisons = _comparisons(ground)
-    table = [_row(ground, name) for name in ground.predictions]
+    table = [candidate_row(run, ground, name) for name in ground.predictions]
     by_name = {row["name"]: row for row in table}
     baselines = [name for name in ground.predictions if not CANDIDATES[name].trained]
     content: dict[str, Any] = {
@@ -101,8 +102,8 @@ def compare_run(
     return content
 
 
-def _ground(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], tell: Tell) -> _Ground:
-    predictions: dict[str, list[Prediction]] = {name: _complete(run, name, test) for name in recipe.evaluation.candidates}
+def ground_of(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], tell: Tell) -> Ground:
+    predictions: dict[str, list[Prediction]] = {name: complete(run.predictions_file(name), test) for name in recipe.evaluation.candidates}
     metric = find_metric(task.metric)
     references = [example.reference for example in test]
     scores = {name: score_rows(metric, [p.text for p in made], references) for name, made in predictions.items()}
@@ -112,8 +113,7 @@ def _ground(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], tell:
         raise DataError(
             f"task.metric: {metric.name} can score none of the {len(test)} test rows (the first: {reason}); choose another metric"
         )
-    return _Ground(
-        run,
+    return Ground(
         recipe,
         task,
         metric,
@@ -133,7 +133,9 @@ def detectable(rows: int, recipe: Recipe, metric: Metric) -> float | None:
 
 
 def overall(comparisons: Sequence[Comparison], candidates: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    """BETTER: better than every baseline. WORSE: worse than the best of them. Else CAN'T TELL."""
+    """BETTER: the first candidate compared (the tuned model, as it was trained) is better than every baseline. WORSE: worse than the best of them.
+    Else CAN'T TELL."""
+    comparisons = [item for item in comparisons if item.candidate == comparisons[0].candidate]
     if not comparisons:
         return Verdict.CANT_TELL
     if all(item.verdict is Verdict.BETTER for item in comparisons):
@@ -146,7 +148,7 @@ def sentence(content: Mapping[str, Any]) -> str:
     """The verdict as a person would say it, with its numbers."""
     rows, title = content["rows"], content["metric_title"]
     candidates = {row["name"]: row for row in content["candidates"]}
-    comparisons = content["comparisons"]
+    comparisons = [item for item in content["comparisons"] if item["candidate"] == content["comparisons"][0]["candidate"]]
     if not comparisons:
         return f"No verdict: nothing trained was compared with a baseline. Measured: {title} on {rows} test rows."
     tuned, best = candidates[comparisons[0]["candidate"]], candidates[content["best_baseline"]]
@@ -176,61 +178,46 @@ def is_answered(run: Run, name: str, test: Sequence[Example]) -> bool:
     return path.exists() and {example.id for example in test} <= {prediction.example for prediction in read_predictions(path)}
 
 
-def _complete(run: Run, name: str, test: Sequence[Example]) -> list[Prediction]:
-    found = {
-        prediction.example: prediction
-        for prediction in (read_predictions(run.predictions_file(name)) if run.predictions_file(name).exists() else [])
-    }
+def complete(path: Path, test: Sequence[Example]) -> list[Prediction]:
+    """The answers to all test rows, in their order. Raises DataError where some are missing."""
+    found = {prediction.example: prediction for prediction in (read_predictions(path) if path.exists() else [])}
     missing = [example for example in test if example.id not in found]
     if missing:
-        raise DataError(
-            f"{run.predictions_file(name)}: answers to {len(missing)} of {len(test)} test rows are missing: run `burnish evaluate` first"
-        )
+        raise DataError(f"{path}: answers to {len(missing)} of {len(test)} test rows are missing: run `burnish evaluate` first")
     return [found[example.id] for example in test]
 
 
-def _comparisons(ground: _Ground) -> list[Comparison]:
-    settings, metric = ground.recipe.evaluation, ground.metric
+def _comparisons(ground: Ground) -> list[Comparison]:
     trained = [name for name in ground.predictions if CANDIDATES[name].trained]
     baselines = [name for name in ground.predictions if not CANDIDATES[name].trained]
-    made: list[Comparison] = []
-    for name in trained if baselines else ():
+    return weigh_pairs(ground, [(name, baseline) for name in trained for baseline in baselines])
+
+
+def weigh_pairs(ground: Ground, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Each (candidate, baseline) compared row by row, with Holm over all of them."""
+    settings, metric = ground.recipe.evaluation, ground.metric
+    options: dict[str, Any] = {"confidence": settings.confidence, "seed": ground.recipe.seed}
+    found: dict[tuple[str, str], Difference] = {}
+    for a, b in pairs:
         if metric.corpus is None:
-            made += build_comparisons(
-                {key: values(part) for key, part in ground.scores.items()},
-                name,
-                baselines=baselines,
-                metric=metric,
-                groups=ground.groups,
-                confidence=settings.confidence,
-                resamples=settings.resamples,
-                seed=ground.recipe.seed,
-            )
+            one, other = values(ground.scores[a]), values(ground.scores[b])
+            options |= {"binary": metric.binary, "groups": ground.groups, "resamples": settings.resamples}
+            found[a, b] = compare(one, other, **options)
             continue
-        clean = {key: texts(ground.scores[key], ground.answers(key), ground.references) for key in ground.predictions}
-        differences = {
-            key: compare_corpus(
-                metric.corpus,
-                clean[name][0],
-                baseline=clean[key][0],
-                references=clean[name][1],
-                confidence=settings.confidence,
-                seed=ground.recipe.seed,
-            )
-            for key in baselines
-        }
-        made += judge(differences, name, metric=metric.name, confidence=settings.confidence)
-    return made
+        (one_texts, wanted), (other_texts, _) = (texts(ground.scores[name], ground.answers(name), ground.references) for name in (a, b))
+        found[a, b] = compare_corpus(metric.corpus, one_texts, baseline=other_texts, references=wanted, **options)
+    return judge_pairs(found, metric=metric.name, confidence=settings.confidence)
 
 
-def _row(ground: _Ground, name: str) -> dict[str, Any]:
+def candidate_row(run: Run, ground: Ground, name: str) -> dict[str, Any]:
     """One line of the table of candidates."""
     number, made = headline(ground.scores[name]), ground.predictions[name]
-    file = ground.run.predictions_file(name)
+    file = run.predictions_file(name)
     value, low, high = _with_interval(ground, ground.metric, name)
+    per_second = rows_per_second(file)
     seconds = np.array([prediction.seconds for prediction in made])
-    setting = next(iter(ground.run.read_jsonl(file)), {})
-    training = ground.run.read_json(ground.run.training_file) if CANDIDATES[name].trained else None
+    setting = next(iter(run.read_jsonl(file)), {})
+    training = run.read_json(run.training_file) if CANDIDATES[name].trained else None
     further: dict[str, dict[str, Any]] = {}
     total = len(ground.predictions) * len(ground.task.further_metrics)
     for key in ground.task.further_metrics:
@@ -251,17 +238,32 @@ def _row(ground: _Ground, name: str) -> dict[str, Any]:
         "metrics": further,
         "seconds_p50": round(float(np.percentile(seconds, 50)), 4),
         "seconds_p95": round(float(np.percentile(seconds, 95)), 4),
-        "rows_per_second": rows_per_second(file),
+        "rows_per_second": per_second,
         "prompt_tokens_mean": round(float(np.mean([p.prompt_tokens for p in made])), 1),
         "completion_tokens_mean": round(float(np.mean([p.completion_tokens for p in made])), 1),
         "stopped_fraction": round(float(np.mean([p.finish_reason != "length" for p in made])), 4),
+        "cost_per_1000": cost_per_1000(name, ground.recipe, per_second, made),
         "training_seconds": training["seconds"] if training else None,
         "prompt_form": setting.get("prompt_form"),
         "shots": setting.get("shots_shown"),
+        "passages": setting.get("passages"),
+        "way": setting.get("way"),
     }
 
 
-def _with_interval(ground: _Ground, metric: Metric, name: str) -> tuple[float | None, float | None, float | None]:
+def cost_per_1000(name: str, recipe: Recipe, per_second: float | None, made: Sequence[Prediction]) -> float | None:
+    """What 1,000 answers cost: measured seconds at the recipe's price of this machine, or an endpoint's price for the tokens it counted.
+    None: no price is stated."""
+    endpoint, price = recipe.evaluation.endpoint, recipe.evaluation.price_per_hour
+    if CANDIDATES[name].by == "endpoint":
+        if endpoint is None or not (endpoint.price_in or endpoint.price_out):
+            return None
+        spent = sum(p.prompt_tokens * endpoint.price_in + p.completion_tokens * endpoint.price_out for p in made) / 1e6
+        return round(1000 * spent / len(made), 8)
+    return None if price is None or not per_second else round(1000 / per_second * price / 3600, 8)
+
+
+def _with_interval(ground: Ground, metric: Metric, name: str) -> tuple[float | None, float | None, float | None]:
     settings, answers = ground.recipe.evaluation, ground.answers(name)
     scores = score_rows(metric, answers, ground.references)
     kept = values(scores)
@@ -280,7 +282,7 @@ def _with_interval(ground: _Ground, metric: Metric, name: str) -> tuple[float | 
     return round(value, 6), round(low, 6), round(high, 6)
 
 
-def _fields(ground: _Ground) -> dict[str, Any] | None:
+def _fields(ground: Ground) -> dict[str, Any] | None:
     if ground.task.kind != "json":
         return None
     return {
@@ -289,7 +291,7 @@ def _fields(ground: _Ground) -> dict[str, Any] | None:
     }
 
 
-def _details(ground: _Ground) -> list[dict[str, Any]]:
+def _details(ground: Ground) -> list[dict[str, Any]]:
     return [
         {
             "example": example.id,

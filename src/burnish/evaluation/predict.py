@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, prompt_ids
-from burnish.models import Limits, generate
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, fitting
+from burnish.evaluation.endpoint import Request
+from burnish.models import Generation, Limits, end_at_stop, generate
 from burnish.run import append_line, hash_of, read_lines
 from burnish.types import Example, Prediction, Tell, silent
+
+_VOTES_AT_ONCE, _ASKED_AT_ONCE = 64, 16  # answers written down together
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,12 +30,10 @@ def predict(
     model: Any, candidate: str, examples: Sequence[Example], *, setting: Setting, context: Context, limits: Limits, options: Options
 ) -> list[Prediction]:
     """One prediction for each example, in order. With `options.keep`, answers are appended to that file as batches end, and answers
-    already there (to the same prompts with the same limits) are not made again."""
+    already there (to the same prompts with the same limits) are not made again. `model` is not looked at where somebody else answers."""
     limits = limits if not CANDIDATES[candidate].trained else Limits(limits.max_new_tokens)  # a tuned model must stop by itself
-    arranged = {example.id: prompt_ids(candidate, example, setting, context) for example in examples}
-    prompts = {name: ids for name, (ids, _) in arranged.items()}
-    shown = sum(shots for _, shots in arranged.values()) / max(1, len(arranged))  # mean; less than setting.shots where some did not fit
-    key = hash_of(candidate, dataclasses.asdict(setting), options.identity, dataclasses.asdict(limits), sorted(prompts.items()))
+    asked, shown = _asked(candidate, examples, setting, context)
+    key = hash_of(candidate, dataclasses.asdict(setting), options.identity, dataclasses.asdict(limits), sorted(asked.items()))
     done = _kept(options.keep, key)
     missing = [example for example in examples if example.id not in done]
     if options.keep is not None and not done:
@@ -44,9 +45,10 @@ def predict(
         options.tell(title, count + len(done), total + len(done), detail)
 
     answered = dict(done)
-    rows = [prompts[example.id] for example in missing]
     started = time.perf_counter()
-    for batch in generate(model, context.chat, rows, limits, batch_size=options.batch_size, tell=tell) if missing else ():
+    by = {"model": _by_model, "neighbours": _by_neighbours, "endpoint": _by_endpoint}[CANDIDATES[candidate].by]
+    work = _Work(model, [asked[example.id] for example in missing], missing, setting, context, limits, options.batch_size, tell)
+    for batch in by(work) if missing else ():
         for index, answer in batch:
             prediction = Prediction(
                 example=missing[index].id,
@@ -55,15 +57,80 @@ def predict(
                 finish_reason=answer.finish_reason,
                 prompt_tokens=answer.prompt_tokens,
                 completion_tokens=answer.completion_tokens,
-                seconds=round(answer.seconds, 4),
+                seconds=round(answer.seconds, 6),
             )
             answered[prediction.example] = prediction
             if options.keep is not None:
                 append_line(options.keep, dataclasses.asdict(prediction))
         if options.keep is not None:
-            append_line(options.keep, {"batch_rows": len(batch), "batch_seconds": round(time.perf_counter() - started, 4)}, sync=True)
+            append_line(options.keep, {"batch_rows": len(batch), "batch_seconds": round(time.perf_counter() - started, 6)}, sync=True)
         started = time.perf_counter()
     return [answered[example.id] for example in examples]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Work:
+    model: Any
+    asked: Sequence[Any]  # tokens, messages, or the question
+    examples: Sequence[Example]
+    setting: Setting
+    context: Context
+    limits: Limits
+    batch_size: int
+    tell: Tell
+
+
+Batches = Iterator[Sequence[tuple[int, Generation]]]
+
+
+def _asked(candidate: str, examples: Sequence[Example], setting: Setting, context: Context) -> tuple[dict[str, Any], float]:
+    """What each row's answerer is given, and how many shots it sees on average: fewer than asked for where some did not fit."""
+    by = CANDIDATES[candidate].by
+    for kind in ("examples",) * (setting.shots > 0) + ("passages",) * (setting.passages > 0):
+        context.library.ask([example.question for example in examples], setting.way, setting.pool if by == "neighbours" else kind)
+    if by == "neighbours":
+        return {example.id: example.question for example in examples}, float(setting.shots)
+    arranged = {example.id: fitting(candidate, example, setting, context) for example in examples}
+    shown = sum(shots for _, _, shots in arranged.values()) / max(1, len(arranged))
+    return {name: messages if by == "endpoint" else ids for name, (messages, ids, _) in arranged.items()}, shown
+
+
+def _by_model(work: _Work) -> Batches:
+    return generate(work.model, work.context.chat, work.asked, work.limits, batch_size=work.batch_size, tell=work.tell)
+
+
+def _by_neighbours(work: _Work) -> Batches:
+    for start in range(0, len(work.asked), _VOTES_AT_ONCE):
+        batch: list[tuple[int, Generation]] = []
+        for index in range(start, min(start + _VOTES_AT_ONCE, len(work.asked))):
+            began = time.perf_counter()
+            text = work.context.library.vote(work.asked[index], work.setting.shots, work.setting.way, work.setting.pool)
+            batch.append((index, Generation(text, "stop", 0, 0, time.perf_counter() - began)))
+        work.tell("", start + len(batch), len(work.asked), "")
+        yield batch
+
+
+def _by_endpoint(work: _Work) -> Batches:
+    """Many at a time, so that what was paid for is written down soon."""
+    client = work.context.client
+    assert client is not None
+    for start in range(0, len(work.asked), _ASKED_AT_ONCE):
+        part = work.asked[start : start + _ASKED_AT_ONCE]
+        answers = client.ask_all([Request(tuple(messages), work.limits.max_new_tokens) for messages in part])
+        work.tell("", start + len(part), len(work.asked), f"spent {client.spent:.4f}")
+        yield [
+            (
+                start + index,
+                Generation(
+                    end_at_stop(answer.text, work.limits),
+                    answer.finish_reason,
+                    answer.prompt_tokens or 0,
+                    answer.completion_tokens or 0,
+                    answer.seconds,
+                ),
+            )
+            for index, answer in enumerate(answers)
+        ]
 
 
 def read_predictions(path: Path) -> list[Prediction]:

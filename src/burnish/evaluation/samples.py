@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, prompt_ids
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, fitting
 from burnish.evaluation.predict import Options
 from burnish.models import Limits, Sampling, generate
 from burnish.recipe import Recipe
@@ -29,12 +29,13 @@ def draw_samples(
 ) -> None:  # fmt: skip
     """`drawing.samples` answers to each of the first `drawing.rows` examples by id, into `options.keep`. Draws already there are not made again.
 
-    A draw's random numbers come from (seed, example, number of the draw): they do not depend on what else is in its batch.
+    Only of candidates that the run's model answers; `predict` has looked up what their prompts show. A draw's random numbers come
+    from (seed, example, number of the draw): they do not depend on what else is in its batch.
     """
     assert options.keep is not None
     limits = limits if not CANDIDATES[candidate].trained else Limits(limits.max_new_tokens)
     rows = sorted(examples, key=lambda example: example.id)[: drawing.rows]
-    prompts = {example.id: prompt_ids(candidate, example, setting, context)[0] for example in rows}
+    prompts = {example.id: fitting(candidate, example, setting, context)[1] for example in rows}
     key = hash_of(candidate, dataclasses.asdict(limits), options.identity, drawing.model_dump(), seed, sorted(prompts.items()))
     head = next(iter(read_lines(options.keep)), {}) if options.keep.exists() else {}
     if head.get("key") != key:

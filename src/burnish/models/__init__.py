@@ -5,11 +5,14 @@ out         a Chat (tokenizer + template) and a model; answers from `generate`
 invariant   one function turns messages into tokens for training, evaluation and serving; nothing from a model's folder is ever run
 """
 
+import burnish.models.quiet  # noqa: F401 - before anything that speaks when it is imported
 from burnish.models.attention import Segment, attend_by_segment
 from burnish.models.chat import IGNORED, Chat, make_chat, tokens_of
+from burnish.models.embed import can_embed, embed
+from burnish.models.facts import licence_of, weights_bytes
 from burnish.models.fused import fuse
 from burnish.models.fused_attention import fuse_attention
-from burnish.models.generate import Generation, Limits, Sampling, generate
+from burnish.models.generate import Generation, Limits, Sampling, end_at_stop, generate
 from burnish.models.int8 import pack_base
 from burnish.models.kernels import Kernels, NoKernels, find_kernels
 from burnish.models.layers import choose_layers, decoder_layers
@@ -34,8 +37,8 @@ from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, sa
 
 __all__ = [
     "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Generation", "Kernels", "Limits", "Merged", "NoKernels", "Sampling", "Segment",
-    "attend_by_segment", "base_state", "choose_layers", "context_window", "decoder_layers", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
-    "is_quantized", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
+    "attend_by_segment", "base_state", "can_embed", "choose_layers", "context_window", "decoder_layers", "embed", "end_at_stop", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
+    "is_quantized", "licence_of", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat", "merge_adapter",
     "negative_log_likelihood", "pack_base", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "tokenizer_hash",
-    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "weights_hash",
+    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "weights_bytes", "weights_hash",
 ]  # fmt: skip

@@ -271,7 +271,12 @@ def _finished(chat: Chat, written: list[int], limits: Limits) -> str | None:
 
 
 def _text(chat: Chat, written: list[int], limits: Limits) -> str:
-    text = chat.decode(written).strip()
+    return end_at_stop(chat.decode(written), limits)
+
+
+def end_at_stop(text: str, limits: Limits) -> str:
+    """An answer as it ends before the first of the stop texts."""
+    text = text.strip()
     cut = _cut(text, limits)
     return (text if cut is None else text[:cut]).strip()
 

@@ -10,11 +10,15 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
+# What these say when they are imported is about paths that are not taken here (a missing CUDA file, a kernel to be fetched).
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """transformers draws bars and advice of its own; ours are enough. Errors still come through."""
-    level = transformers_logging.get_verbosity()
+    level, drawn = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
@@ -23,7 +27,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if drawn:  # not where this stands within another
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
+from burnish.pipeline.bases import decide_bases
 from burnish.pipeline.chain import train
+from burnish.pipeline.decide import Wish, decide
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
@@ -44,7 +46,7 @@ def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None,
         chat = load_chat(recipe.model, tell)
         dataset = prepare(job, chat=chat, tell=tell)
         evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
-        if any(CANDIDATES[name].trained for name in recipe.evaluation.candidates):
+        if any(CANDIDATES[name].trained for name in job.recipe().evaluation.candidates):
             train(job, dataset=dataset, chat=chat, tell=tell)
             evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
         compare(job, tell=tell)
@@ -59,6 +61,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "assist", "check", "compare", "dataset_of", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
     "versions", "write_report",
 ]  # fmt: skip

@@ -300,7 +300,8 @@ def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[st
     values: dict[str, Any] = {"model.device": device, "model.dtype": resolve_dtype(recipe.model.dtype, device)}
     if recipe.training.objective == "text":
         longest = 256  # nothing is answered
-        candidates = [name for name in recipe.evaluation.candidates if name in evaluation.TEXT_CANDIDATES]
+        asked = list(evaluation.TEXT_CANDIDATES) if recipe.evaluation.candidates == "auto" else recipe.evaluation.candidates
+        candidates = [name for name in asked if name in evaluation.TEXT_CANDIDATES]
         window = context_window(recipe.model.name) or recipe.data.max_length
         values |= {
             "task.metric": evaluation.BITS_PER_BYTE,
@@ -308,6 +309,10 @@ def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[st
             "data.max_length": min(window, recipe.data.max_length),
         }
     else:
+        if recipe.evaluation.candidates == "auto":
+            values["evaluation.candidates"] = evaluation.candidates_for(recipe)
+        if recipe.evaluation.endpoint is not None:
+            evaluation.endpoint_of(recipe.evaluation.endpoint)  # an address that is not one should not wait for the baselines
         values["task.metric"] = task_of(recipe, dataset).metric
         find_metric(values["task.metric"])  # a metric of the user's own that does not load should not wait for the training
     if recipe.model.chat_template == "auto" and chat.template_name != "own":
@@ -346,7 +351,7 @@ def _gone(job: Run, recipe: Recipe, asked: str) -> str | None:
 
 
 def _data_files(recipe: Recipe) -> list[str | None]:
-    return [*(getattr(recipe.data, split) for split in SPLITS), recipe.training.replay_data]
+    return [*(getattr(recipe.data, split) for split in SPLITS), recipe.training.replay_data, recipe.data.documents]
 
 
 def _fingerprint(name: str | None) -> str:

@@ -22,6 +22,7 @@ from burnish.recipe.knobs import (
     MAX_LEAVES,
     Auto,
     DataSection,
+    EndpointSection,
     EngineSection,
     EvaluationSection,
     GateSection,
@@ -224,7 +225,7 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
     data, gate = content.get("data"), content.get("gate")
     holders: list[tuple[dict[str, Any], str]] = [(gate, "data")] if isinstance(gate, dict) else []
     if isinstance(data, dict):
-        holders += [(data, key) for key in ("train", "validation", "test")]
+        holders += [(data, key) for key in ("train", "validation", "test", "documents")]
     elif isinstance(data, str):
         holders.append((content, "data"))
     training = content.get("training")
@@ -247,7 +248,7 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
         anchored = folder / value
         # Model and template names are only paths where such a path exists or is plainly meant.
         if (
-            key in ("train", "validation", "test", "data", "metric", "replay_data")
+            key in ("train", "validation", "test", "documents", "data", "metric", "replay_data")
             or (holder, key) in checked
             or value.startswith((".", "/"))
             or (anchored.exists() and "/" in value)
@@ -335,6 +336,6 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
 
 
 __all__ = [
-    "CHECK_NAMES", "MAX_LEAVES", "PEERS_NAMES", "Auto", "CheckSection", "DataSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe",
+    "CHECK_NAMES", "MAX_LEAVES", "PEERS_NAMES", "Auto", "CheckSection", "DataSection", "EndpointSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe",
     "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "files_of", "leaves", "load_recipe", "parse_value", "schema", "stage_recipes",
 ]  # fmt: skip

@@ -11,7 +11,7 @@
       - glossary: terms.csv                               preferred terms, and no forbidden ones
       - tone: true                                        it reads like the training answers
       - self_consistency: {samples: 5, temperature: 0.7}  several answers to one question agree
-      - judge: {endpoint: NAME, rubric: rubric.md}        what `burnish judge` asks
+      - judge: {rubric: rubric.md}                        what `burnish judge` asks evaluation.endpoint, where it is told nothing else
       - refusal: true · repetition: true · finished: true · length: true
 
 What each one measures stands in `tasks/checks.py`.
@@ -44,7 +44,6 @@ class SelfConsistencySettings(_Settings):
 
 
 class JudgeSettings(_Settings):
-    endpoint: str = Field(min_length=1, description="a name in evaluation.endpoints")
     rubric: str = Field(min_length=1, description="a text file that says what a better answer is")
 
 

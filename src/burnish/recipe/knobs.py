@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from burnish.recipe.checks import CheckSection
 
 Auto = Literal["auto"]
-MAX_LEAVES = 70
+MAX_LEAVES = 75  # the design's 70, and what evidence needs: documents, endpoint, price, checks, retention
 
 
 def _from_scalar(key: str) -> BeforeValidator:
@@ -46,6 +46,10 @@ class DataSection(_Section):
     prompt_column: str | None = Field(None, description="for plain columns and CSV: the column of the question")
     completion_column: str | None = Field(None, description="for plain columns and CSV: the column of the answer")
     context_column: str | None = Field(None, description="a column put before the question (a schema, an article)")
+    documents: str | None = Field(
+        None,
+        description="what a model without training may look up: a file or folder of texts, or rows (.jsonl, .csv); none: no retrieval from documents",
+    )
     group_column: str | None = Field(
         None, description="rows of one group (user, source, template) never part at a split; none: each row alone"
     )
@@ -202,9 +206,34 @@ class StageSection(_Section):
     gate: GateSection | None = Field(None, description="what must hold on validation rows for the chain to go on")
 
 
+class EndpointSection(_Section):
+    """A larger model behind an address that speaks OpenAI's chat protocol."""
+
+    base_url: str = Field(pattern=r"^https?://", description="where it answers, up to and with /v1")
+    model: str = Field(min_length=1, description="the model's name there")
+    key_variable: str | None = Field(
+        "OPENAI_API_KEY", description="the NAME of the environment variable that holds the key; none: no key is sent"
+    )
+    price_in: float = Field(0.0, ge=0, description="for a million tokens read, in the currency of `max_spend`")
+    price_out: float = Field(0.0, ge=0, description="for a million tokens written")
+    max_spend: float = Field(1.0, gt=0, description="no request is sent that could bring the run above it")
+    requests_per_minute: float | None = Field(None, gt=0, description="at most; none: as fast as it answers")
+
+
 class EvaluationSection(_Section):
-    candidates: list[Literal["base", "few_shot", "few_shot_retrieved", "tuned"]] = Field(
-        ["base", "few_shot", "few_shot_retrieved", "tuned"], min_length=1, description="what is measured on the same test rows"
+    candidates: (
+        list[Literal["base", "few_shot", "few_shot_retrieved", "neighbours", "rag", "rag_few_shot", "endpoint", "tuned", "tuned_rag"]]
+        | Auto
+    ) = Field(
+        "auto",
+        description="what is measured on the same test rows; `auto`: all that the recipe has what they need (`data.documents`, `evaluation.endpoint`)",
+    )
+    endpoint: EndpointSection | None = Field(
+        None,
+        description="a larger general model to compare with: base_url, model, key_variable, price_in, price_out, max_spend; none: it is not asked",
+    )
+    price_per_hour: float | None = Field(
+        None, ge=0, description="of this machine, in any currency: turns measured seconds into costs; none: costs are told in seconds"
     )
     shots: list[Annotated[int, Field(ge=1, le=64)]] = Field(
         [4, 16], min_length=1, description="numbers of examples tried on validation rows; the best is kept"
@@ -225,6 +254,15 @@ class EvaluationSection(_Section):
         None,
         description="what answers must keep to besides being right, each `- NAME: SETTINGS` (recipe/checks.py lists them); none: what the training answers show and costs nothing",
     )
+
+    @model_validator(mode="after")
+    def _has_what_they_need(self) -> EvaluationSection:
+        if isinstance(self.candidates, list):
+            if not self.candidates:
+                raise ValueError("`candidates` names none: leave it out for all of them, or name some")
+            if "endpoint" in self.candidates and self.endpoint is None:
+                raise ValueError("the candidate `endpoint` needs `evaluation.endpoint` with its base_url and model")
+        return self
 
 
 class Recipe(_Section):
@@ -260,6 +298,11 @@ class Recipe(_Section):
                 )
         if data.validation is None and data.test is None and data.validation_fraction + data.test_fraction >= 0.9:
             raise ValueError("data.validation_fraction + data.test_fraction leave too little to train on")
+        reading = [name for name in self.evaluation.candidates if "rag" in name]
+        if isinstance(self.evaluation.candidates, list) and reading and data.documents is None:
+            raise ValueError(
+                f"the candidate `{reading[0]}` looks things up in `data.documents`: name a file or folder there, or leave the candidate out"
+            )
         self._against_forgetting()
         self._chained()
         return self

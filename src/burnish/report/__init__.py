@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from burnish.report.decision import decision_view
 from burnish.report.gather import gather
-from burnish.report.page import render
+from burnish.report.page import environment, render
 from burnish.report.sweep import sweep_report
+from burnish.report.texts import encodable
 from burnish.run import Run
 
-__all__ = ["report", "sweep_report"]
+__all__ = ["decision_report", "report", "sweep_report"]
 
 
 def report(run: Run) -> Path:
@@ -26,3 +28,11 @@ def report(run: Run) -> Path:
     run.write_json(run.report_json_file, facts)
     run.write_text(run.report_file, page)
     return run.report_file
+
+
+def decision_report(run: Run) -> Path:
+    """Write decision.html from decision.json; return its path."""
+    decision = encodable(run.read_json(run.decision_file))
+    template = environment().get_template("decision.html.jinja")
+    run.write_text(run.decision_report_file, template.render(name=run.recipe_as_asked().name, decision=decision, **decision_view(decision)))
+    return run.decision_report_file

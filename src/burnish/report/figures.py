@@ -58,11 +58,11 @@ def scores_figure(candidates: list[dict[str, Any]], subject: str | None, *, perc
     return svg(figure, f"scores-{width}", label)
 
 
-def differences_figure(comparisons: list[dict[str, Any]], titles: dict[str, str], *, percent: bool, detectable: Any, width: int) -> Markup:
-    """One row per baseline: the paired difference and its interval; the band is what so few rows cannot show."""
+def differences_figure(comparisons: list[dict[str, Any]], *, percent: bool, detectable: Any, width: int) -> Markup:
+    """One row per pair, under its `title`: the paired difference and its interval; the band is what so few rows cannot show."""
     rows = [
         {
-            "title": f"against {titles.get(pair['baseline'], pair['baseline'])}",
+            "title": pair["title"],
             "value": pair["difference"],
             "low": pair["low"],
             "high": pair["high"],

@@ -48,6 +48,7 @@ _CANDIDATE: dict[str, Any] = {
     "prompt_tokens_mean": None,
     "completion_tokens_mean": None,
     "stopped_fraction": None,
+    "cost_per_1000": None,
     "training_seconds": None,
     "prompt_form": None,
     "shots": None,
@@ -90,7 +91,7 @@ def gather(run: Run) -> dict[str, Any]:
     """Everything the report says, as plain JSON values. A missing optional file leaves an empty or null section."""
     comparison = _comparison(run)
     recipe = run.recipe()
-    candidates, pairs = comparison["candidates"], comparison["comparisons"]
+    candidates, pairs = comparison["candidates"], _titled(comparison["comparisons"], comparison["candidates"])
     percent = _is_fraction(comparison)
     subject = _subject(candidates, pairs)
     against = _best_baseline(comparison, subject)
@@ -105,6 +106,7 @@ def gather(run: Run) -> dict[str, Any]:
             "candidates": candidates,
             "comparisons": pairs,
             "fields": comparison.get("fields") or None,
+            "decision": run.read_json(run.decision_file) if run.decision_file.exists() else None,
             "training": _training(run),
             "stages": _stages(run),
             "rows": _rows(comparison, subject, against, percent),
@@ -135,6 +137,15 @@ def _comparison(run: Run) -> dict[str, Any]:
         "comparisons": [{"candidate": "tuned", **_PAIR, **pair} for pair in content.get("comparisons") or []],
         "rows_detail": [{**_ROW, **row} for row in content.get("rows_detail") or []],
     }
+
+
+def _titled(pairs: list[dict[str, Any]], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each pair with the words that stand before its bar. The first candidate is the one that the report is about and goes without saying."""
+    titles = {row["name"]: row["title"] for row in candidates}
+    told = [f"{titles.get(pair['candidate'], pair['candidate'])} " if pair["candidate"] != pairs[0]["candidate"] else "" for pair in pairs]
+    return [
+        {**pair, "title": f"{who}against {titles.get(pair['baseline'], pair['baseline'])}"} for pair, who in zip(pairs, told, strict=True)
+    ]
 
 
 def _optional(run: Run, path: Path, keys: dict[str, Any]) -> dict[str, Any] | None:

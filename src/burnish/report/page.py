@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from burnish.report import texts
 from burnish.report.chain import rate_figure, stages_figure
+from burnish.report.decision import decision_view
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
 
 LONG_TEXT, LONGEST_TEXT = 400, 20_000  # characters: folded from here, cut from there
@@ -33,7 +34,8 @@ _FILTERS = (
 
 def render(facts: dict[str, Any]) -> str:
     """The whole page, with style and charts inside."""
-    return environment().get_template("report.html.jinja").render(**facts, view=_view(facts))
+    further = decision_view(facts["decision"]) if facts["decision"] else {}
+    return environment().get_template("report.html.jinja").render(**facts, **further, view=_view(facts))
 
 
 def environment() -> Environment:
@@ -85,11 +87,11 @@ def _view(facts: dict[str, Any]) -> dict[str, Any]:
         "metrics": _metrics(facts["candidates"], facts["verdict"]["metric"]),
         "fields": _fields(facts["fields"] or {}),
         "tried": _tried(facts["baselines"] or {}),
-        "charts": _charts(facts, titles),
+        "charts": _charts(facts),
     }
 
 
-def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
+def _charts(facts: dict[str, Any]) -> dict[str, Markup]:
     verdict = facts["verdict"]
     charts: dict[str, Markup] = {}
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
@@ -99,7 +101,6 @@ def _charts(facts: dict[str, Any], titles: dict[str, str]) -> dict[str, Markup]:
             else None,
             "differences": differences_figure(
                 facts["comparisons"],
-                titles,
                 percent=verdict["percent"],
                 detectable=verdict["detectable_difference"],
                 width=width,

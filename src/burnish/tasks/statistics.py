@@ -398,6 +398,11 @@ def verdict(difference: float, low: float, high: float, p_adjusted: float, alpha
 
 def judge(differences: Mapping[str, Difference], candidate: str, *, metric: str, confidence: float = 0.95) -> list[Comparison]:
     """The verdicts of `candidate` against each baseline, from {baseline: Difference}, with Holm over all of them."""
+    return judge_pairs({(candidate, baseline): found for baseline, found in differences.items()}, metric=metric, confidence=confidence)
+
+
+def judge_pairs(differences: Mapping[tuple[str, str], Difference], *, metric: str, confidence: float = 0.95) -> list[Comparison]:
+    """The verdicts of several candidates, from {(candidate, baseline): Difference}, with Holm over all pairs."""
     adjusted = holm([found.p_value for found in differences.values()])
     return [
         Comparison(
@@ -412,7 +417,7 @@ def judge(differences: Mapping[str, Difference], candidate: str, *, metric: str,
             p_adjusted=p,
             verdict=verdict(found.difference, found.low, found.high, p, 1 - confidence),
         )
-        for (baseline, found), p in zip(differences.items(), adjusted, strict=True)
+        for ((candidate, baseline), found), p in zip(differences.items(), adjusted, strict=True)
     ]
 
 

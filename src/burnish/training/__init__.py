@@ -25,6 +25,7 @@ from burnish.training.fingerprint import fingerprint_of, refuse_unchangeable
 from burnish.training.interrupt import asked_to_stop
 from burnish.training.items import make_items, with_references
 from burnish.training.loop import run_loop
+from burnish.training.measure import MemoryParts, StepTimes, time_steps
 from burnish.training.metrics import Metrics
 from burnish.training.objective import Objective, make_objective
 from burnish.training.progress import Batching, Hooks, Progress
@@ -276,7 +277,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 __all__ = [
-    "BASE", "MEASURED_ROWS", "Aim", "RangeTest", "Space", "Start", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
-    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "refuse_unchangeable", "several_processes", "start_model", "sweep", "tokenize_all",
-    "train", "trial_runner",
+    "BASE", "MEASURED_ROWS", "Aim", "MemoryParts", "RangeTest", "Space", "Start", "StepTimes", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
+    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "refuse_unchangeable", "several_processes", "start_model", "sweep", "time_steps",
+    "tokenize_all", "train", "trial_runner",
 ]  # fmt: skip

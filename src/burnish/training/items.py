@@ -68,7 +68,7 @@ def make_items(
 ) -> Items:
     """Each row as the objective reads it; a row may become several items (a template that writes earlier turns anew).
 
-    With a `folder`, items that are plain tokens lie there in memory-mapped files, made once for a `key`.
+    With a `folder`, items that are plain tokens lie there in files, made once for a `key`.
     """
 
     def made(examples: Sequence[Example], name: str) -> tuple[Sequence[Any], Any]:
@@ -87,7 +87,7 @@ def make_items(
 
 
 def _lengths(items: Sequence[Any], objective: Objective) -> Sequence[int]:
-    known = getattr(items, "lengths", None)  # a memory-mapped sequence knows them
+    known = getattr(items, "lengths", None)  # a sequence on disk knows them
     return known if known is not None else [objective.length(item) for item in items]
 
 

@@ -58,7 +58,7 @@ def run_loop(
 ) -> Progress:
     """Train until the planned steps are done or validation stops getting better. `settings.learning_rate` must be a number by now.
 
-    Of `train` only its length and single items are used (a memory-mapped one brings `lengths`). Raises TrainingError, or Stopped after saving.
+    Of `train` only its length and single items are used (one that lies on disk brings `lengths`). Raises TrainingError, or Stopped after saving.
     """
     work = _begin(model, train, validation, objective or Supervised(), settings, seed, hooks, batching or Batching())
     if (state := share_state(start)) is not None:
@@ -127,7 +127,7 @@ def _begin(
 
 
 def _order_of(train: Sequence[Any], objective: Objective, *, seed: int, batch: int, buckets: bool) -> Callable[[int], Sequence[int]]:
-    lengths = getattr(train, "lengths", None)  # a memory-mapped sequence knows them
+    lengths = getattr(train, "lengths", None)  # a sequence on disk knows them
     if lengths is None:
         lengths = [objective.length(item) for item in train]
     return lambda epoch: epoch_order(lengths, seed=seed, epoch=epoch, batch=batch, buckets=buckets)

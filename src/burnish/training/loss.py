@@ -203,6 +203,17 @@ def _block_width(hidden: Tensor) -> int:
     return max(256, numbers // max(1, hidden.shape[0]))
 
 
+def head_bytes(rows: int, words: int, size: int, *, dtype: torch.dtype, device: str) -> int:
+    """Bytes that a blocked head with frozen weights needs beside them, for (rows, size) hidden states and a vocabulary of `words`."""
+    width = min(max(256, _BLOCK_NUMBERS.get(device, _BLOCK_NUMBERS["cuda"]) // max(1, rows)), words)
+    blocks = (
+        rows * width * (dtype.itemsize + (0 if dtype == torch.float32 else 4))
+    )  # one of logits as the product leaves them, one in float32
+    return (
+        blocks + words * (4 + 1) + rows * size * 4
+    )  # each word's bound and whether it is multiplied again; the gradient of the hidden rows
+
+
 def _after_head(config: Any) -> tuple[float | None, bool]:
     """(soft cap of the logits, whether nothing else is done to them). Some families scale logits: they take the plain path."""
     config = config.get_text_config()

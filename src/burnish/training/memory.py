@@ -39,6 +39,7 @@ class Plan:
     kept_bytes_per_token: float  # what the backward pass keeps
     needed_bytes: int  # beyond what is already held, by this plan
     free_bytes: int
+    bytes_per_token: float = 0.0  # what the backward pass keeps, and what stands beside it while a layer is on its way back
 
 
 def plan_memory(
@@ -74,7 +75,7 @@ def plan_memory(
         at_once = (at_once + 1) // 2
     if at_once < most:
         tell("memory", 0, 0, f"{at_once} examples at once instead of {most}, as memory asks for; a step stays what it is")
-    return Plan(at_once, on, round(kept, 1), needed(at_once), free)
+    return Plan(at_once, on, round(kept, 1), needed(at_once), free, kept + _TRANSIENT_LAYERS * plain / layers)
 
 
 def _beginning(tokens: Tokens) -> Tokens:

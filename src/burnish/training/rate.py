@@ -81,7 +81,7 @@ def find_rate(
     if steps == 0:
         return _too_short(settings)
     batch = min(batch, at_once or batch)
-    lengths = getattr(items, "lengths", None)  # a memory-mapped sequence knows them
+    lengths = getattr(items, "lengths", None)  # a sequence on disk knows them
     order = epoch_order([objective.length(item) for item in items] if lengths is None else lengths, seed=seed, epoch=0, batch=batch)
     batches = [[items[index] for index in order[start : start + batch]] for start in range(0, steps * batch, batch)]
     rates = [usual * 10 ** (DECADES * (2 * step / (steps - 1) - 1)) for step in range(steps)]

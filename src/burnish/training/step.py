@@ -35,13 +35,17 @@ def backward(model: Any, objective: Objective, items: Sequence[Any], *, at_once:
     """
     model.train()
     loss = 0.0
-    if model.device.type == "cpu":
-        at_once = min(
-            at_once, -(-len(items) // _parts([tokens for item in items for tokens in objective.sequences(item)], objective.paths))
-        )
+    at_once = items_at_once(objective, items, at_once, model.device.type)
     for start in range(0, len(items), at_once):
         loss += objective.backward(model, items[start : start + at_once], denominator)
     return loss
+
+
+def items_at_once(objective: Objective, items: Sequence[Any], at_once: int, device: str) -> int:
+    """How many of a step's items `backward` computes in one row."""
+    if device != "cpu":
+        return at_once
+    return min(at_once, -(-len(items) // _parts([tokens for item in items for tokens in objective.sequences(item)], objective.paths)))
 
 
 def _parts(sequences: Sequence[Tokens], paths: Paths) -> int:

@@ -1,4 +1,4 @@
-"""Tokens of all rows in memory-mapped files: 100,000 rows cost the same memory as 1,000, and a second start does not tokenise again.
+"""Tokens of all rows in files: 100,000 rows cost the same memory as 1,000, and a second start does not tokenise again.
 
 tokens/
 ├── ids.bin       int32, all sequences one after another
@@ -13,23 +13,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from burnish.run import write_folder
+from burnish.run import read_at, write_folder
 from burnish.types import Example, Tell, Tokens, silent
 
 _FILES = {"ids": np.int32, "labels": np.int32, "bounds": np.int64, "rows": np.int32}
 
 
 class TokenStore(Sequence[Tokens]):
-    """Sequences on disk. `lengths` and `rows` are arrays; a sequence is read when it is asked for."""
+    """Sequences on disk. `lengths` and `rows` are arrays; a sequence is read when it is asked for.
+
+    It is read, not mapped: pages of a mapped file count as the process's memory for as long as nobody else wants them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.offset = 0  # of its tokens' numbers, where several stores are counted through
-        parts = {name: np.memmap(folder / f"{name}.bin", dtype=kind, mode="r") for name, kind in _FILES.items()}
-        self._ids, self._labels, self._bounds, self.rows = parts["ids"], parts["labels"], parts["bounds"], parts["rows"]
+        self._ids, self._labels = ((folder / f"{name}.bin").open("rb", buffering=0) for name in ("ids", "labels"))
+        self._bounds, self.rows = (np.fromfile(folder / f"{name}.bin", dtype=_FILES[name]) for name in ("bounds", "rows"))
         self.lengths = np.diff(self._bounds)
 
     def __len__(self) -> int:
@@ -44,8 +47,15 @@ class TokenStore(Sequence[Tokens]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        start, stop = self._bounds[index % len(self)], self._bounds[index % len(self) + 1]
-        return Tokens(self._ids[start:stop].tolist(), self._labels[start:stop].tolist(), self.offset + int(start))
+        start, stop = (int(bound) for bound in self._bounds[index % len(self) :][:2])
+        ids, labels = (self._read(file, start, stop) for file in (self._ids, self._labels))
+        return Tokens(ids, labels, self.offset + start)
+
+    @staticmethod
+    def _read(file: BinaryIO, start: int, stop: int) -> list[int]:
+        size = np.dtype(np.int32).itemsize
+        values: list[int] = np.frombuffer(read_at(file, start * size, (stop - start) * size), dtype=np.int32).tolist()
+        return values
 
 
 def stored(
@@ -79,7 +89,7 @@ def _key_of(folder: Path) -> Any:
     try:
         key = json.loads((folder / "key.json").read_text(encoding="utf-8"))["key"]
         sizes = {name: (folder / f"{name}.bin").stat().st_size // np.dtype(kind).itemsize for name, kind in _FILES.items()}
-        end = int(np.memmap(folder / "bounds.bin", dtype=np.int64, mode="r")[-1])
+        end = int(np.fromfile(folder / "bounds.bin", dtype=np.int64)[-1])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     return key if sizes["ids"] == sizes["labels"] == end and sizes["bounds"] == sizes["rows"] + 1 else None
