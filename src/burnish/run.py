@@ -15,6 +15,7 @@
     ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
     ├── comparison.json        scores, intervals, verdict
+    ├── judge.json             of `burnish judge`: what a language model said of the answers, pair by pair
     ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
     ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
     ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
@@ -98,6 +99,10 @@ class Run:
 
     def endpoint_file(self, name: str) -> Path:
         return self.path / "endpoints" / f"{name}.jsonl"
+
+    @property
+    def judge_file(self) -> Path:
+        return self.path / "judge.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -332,7 +337,7 @@ class Run:
         status["steps"] = {name: entry for name, entry in status["steps"].items() if name not in steps}
         if self.status_file.exists():
             self.write_json(self.status_file, status)
-        stale = {"compare": (self.comparison_file,), "report": (self.report_file, self.report_json_file)}
+        stale = {"compare": (self.comparison_file, self.judge_file), "report": (self.report_file, self.report_json_file)}
         for path in (path for step in steps for path in stale.get(step, ())):
             path.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidat
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
-from burnish.evaluation.predict import Options, predict, rows_per_second
+from burnish.evaluation.predict import Options, predict, read_predictions, rows_per_second
 from burnish.evaluation.retrieve import Library
 from burnish.evaluation.samples import draw_samples, drawing_of
 from burnish.evaluation.select import select
@@ -145,6 +145,6 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "candidates_for", "compare_run", "compare_text", "detectable", "drawing_of", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "rows_per_second", "validation_score", "weigh", "weigh_runs",
+    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "Client", "Endpoint", "candidates_for", "compare_run", "compare_text", "detectable", "drawing_of", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for",
+    "measure_text", "on_tuned_base", "read_predictions", "rows_per_second", "validation_score", "weigh", "weigh_runs",
 ]  # fmt: skip

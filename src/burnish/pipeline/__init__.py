@@ -11,6 +11,7 @@ Each function here takes a Run, reads from its folder and writes into it. A step
 so a run that was cut off goes on where it stopped.
 
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
+    judge.py    a language model compares the answers
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from burnish.models import load_chat
 from burnish.pipeline.bases import decide_bases
 from burnish.pipeline.chain import train
 from burnish.pipeline.decide import Wish, decide
+from burnish.pipeline.judge import judge
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
 from burnish.recipe import Recipe, build_recipe, load_recipe
@@ -61,6 +63,6 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "evaluate", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
+    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "evaluate", "judge", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
     "versions", "write_report",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from burnish.errors import DataError
 from burnish.recipe import dump_recipe
+from burnish.report.consistency import consistency_facts, judge_facts
 from burnish.report.texts import encodable, is_number
 from burnish.run import Run, hash_of
 
@@ -109,6 +110,8 @@ def gather(run: Run) -> dict[str, Any]:
             "decision": run.read_json(run.decision_file) if run.decision_file.exists() else None,
             "training": _training(run),
             "stages": _stages(run),
+            "consistency": consistency_facts(comparison),
+            "judge": judge_facts(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),
