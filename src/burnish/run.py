@@ -56,6 +56,9 @@ STEPS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 
+# Keys that may change at any time: they judge what was answered, and nothing is trained or answered by them.
+FREE_KEYS = ("evaluation.checks",)
+
 
 class Run:
     """A run's folder. Every step reads from it and writes into it."""
@@ -208,7 +211,7 @@ class Run:
     @contextmanager
     def working(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> Iterator[Run]:
         """Open or start the run for this recipe and hold its lock. A folder of another recipe is refused with the keys that differ,
-        except those that `allow_change` names (a key, or a section): they are taken over, and an event says so."""
+        except FREE_KEYS and those that `allow_change` names (a key, or a section): they are taken over, and an event says so."""
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RecipeError(f"{run.path} is a file; a run is a folder: choose another place with --run")
@@ -230,7 +233,7 @@ class Run:
 
     def _refuse_another(self, recipe: Recipe, allow_change: Sequence[str]) -> None:
         changed = differences(load_recipe(self.recipe_file), recipe)
-        if changed and all(is_allowed(key, allow_change) for key in changed):
+        if changed and all(is_allowed(key, (*FREE_KEYS, *allow_change)) for key in changed):
             self.write_text(self.recipe_file, dump_recipe(recipe))
             self.event("recipe_changed", changed={key: list(pair) for key, pair in sorted(changed.items())})
         elif changed:

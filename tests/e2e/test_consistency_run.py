@@ -14,7 +14,8 @@ import pytest
 from test_pipeline import cli, tiny_recipe
 
 from burnish import pipeline
-from burnish.errors import DataError
+from burnish.errors import DataError, RecipeError
+from burnish.recipe import build_recipe
 from burnish.run import Run
 from conftest import colour_rows
 
@@ -58,6 +59,8 @@ def test_draws_are_not_made_again(checked: Run) -> None:
     pipeline.evaluate(checked)
     assert checked.samples_file("base").read_bytes() == before["base"]
     assert sorted(checked.samples_file("tuned").read_bytes().splitlines(keepends=True)) == sorted(lines), "the same draws as before"
+    pipeline.compare(checked)
+    pipeline.write_report(checked)
 
 
 def test_a_broken_file_is_told_before_the_rows_are_read(tiny_folder: Path, tmp_path: Path) -> None:
@@ -140,3 +143,20 @@ def test_what_judge_refuses(checked: Run, tmp_path: Path, monkeypatch: pytest.Mo
     ):
         assert cli(monkeypatch, "judge", str(checked.path), *arguments) == 2
         assert words in capsys.readouterr().err
+
+
+def test_checks_may_change_when_everything_is_done(checked: Run) -> None:
+    """Nothing is prepared, trained or answered again; the new check is measured."""
+    before = checked.status()["steps"]
+    answers = {path.name: path.read_bytes() for path in (checked.path / "candidates").iterdir()}
+    content = checked.recipe_as_asked().to_dict()
+    content["evaluation"]["checks"] = [{"length": True}]
+    again = pipeline.run_recipe(build_recipe(content), folder=checked.path)
+    after = again.status()["steps"]
+    for step in ("prepare", "train"):
+        assert after[step]["started"] == before[step]["started"]
+    assert {path.name: path.read_bytes() for path in (checked.path / "candidates").iterdir()} == answers
+    assert [measure["key"] for measure in again.read_json(again.comparison_file)["consistency"]["measures"]] == ["length"]
+    content["training"]["epochs"] = 3
+    with pytest.raises(RecipeError, match=r"training\.epochs"):
+        pipeline.run_recipe(build_recipe(content), folder=checked.path)

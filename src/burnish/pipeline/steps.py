@@ -55,14 +55,16 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     """Prepare where it is not done yet. None: what is on the disk holds, and nothing of it was read."""
     recipe = job.recipe_as_asked()
     others = [] if apart is None else [apart.manifest["splits"][split]["sha256"] for split in ("test", "validation")]
-    asked = hash_of(recipe.to_dict(), _tokens_state(recipe), *others)
+    content = recipe.to_dict()
+    del content["evaluation"]["checks"]  # rows do not depend on how answers are judged
+    asked = hash_of(content, _tokens_state(recipe), *others)
     inputs = hash_of(asked, [_fingerprint(name) for name in _data_files(recipe)])
+    _take_over_checks(job, recipe)
     if job.step_done("prepare", inputs):
         return None
     if gone := _gone(job, recipe, asked):
         tell("source gone", 0, 0, f"{gone} is no longer there; the run goes on with its own copy of the rows")
         return None
-    verify_checks([(check.name, check.settings) for check in recipe.evaluation.checks or ()])
     tell("reading the rows", 0, 0, recipe.data.train)
     with job.step("prepare", inputs) as entry:
         loaded = data_room.load(recipe)
@@ -89,6 +91,14 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     tell("what can be shown", 0, 0, f"{len(dataset.test)} test rows, {metric.title.lower()}: {points}")
     job.event("detectable_difference", rows=len(dataset.test), difference=shown)
     return dataset
+
+
+def _take_over_checks(job: Run, recipe: Recipe) -> None:
+    """Read the files of the checks, so that a broken one is told before anything is computed; the resolved recipe follows the one asked for."""
+    checks = recipe.evaluation.checks
+    verify_checks([(check.name, check.settings) for check in checks or ()])
+    if job.resolved_file.exists() and job.recipe().evaluation.checks != checks:
+        job.resolve({"evaluation.checks": recipe.to_dict()["evaluation"]["checks"]}, further=True)
 
 
 def evaluate(
