@@ -518,7 +518,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 def _step_that_writes(path: Path) -> str:
     step = {"data": "prepare", "candidates": "evaluate", "training": "train", "adapter": "train"}.get(path.parent.name)
-    step = step or {"comparison.json": "compare", "report.json": "report"}.get(path.name, "run")
+    step = step or {"comparison.json": "compare", "report.json": "report", "judge.json": "judge"}.get(path.name, "run")
     return f"run `burnish {step}` first"
 
 

@@ -13,7 +13,7 @@ import pytest
 from burnish.errors import DataError, RecipeError
 from burnish.recipe import build_recipe, load_recipe
 from burnish.tasks import CHECKS, Material, Measure, Row, Unfit, find_metric, verify_checks
-from burnish.tasks.checks import has_loop
+from burnish.tasks.behaviour import has_loop
 from burnish.tasks.glossary import Glossary, read_glossary, stem
 from burnish.tasks.json_schema import read_schema
 from burnish.tasks.meaning import read_representation, slot_f1
@@ -254,7 +254,15 @@ def test_refusals(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["The door can't be opened from outside.", "SELECT apology FROM t", "I can see two of them.", "x" * 300 + "I'm sorry"]
+    "text",
+    [
+        "The door can't be opened from outside.",
+        "SELECT apology FROM t",
+        "I can see two of them.",
+        "I'm sorry to hear that your card was lost. You can order a new one.",
+        "Es tut mir leid, dass Sie warten mussten.",
+        "x" * 300 + "I'm sorry",
+    ],
 )
 def test_no_refusals(text: str) -> None:
     (measure,) = made("refusal")

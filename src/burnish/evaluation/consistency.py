@@ -35,6 +35,7 @@ from burnish.tasks import (
 )
 from burnish.types import Example, Prediction, Score, Tell, silent
 
+_TOLD_EACH = 50  # scores
 UNTRAINED = "base"  # whose answers are the other voice for the check of tone
 
 
@@ -74,15 +75,18 @@ def consistency(
             stack=stack,
         )
         checks = chosen_checks(material) if asked is None else [(check.name, check.settings) for check in asked]
-        measures, refused = _measures(checks, material)
+        measures, refused = _measures(checks, material, tell)
         scores: dict[str, dict[str, list[Score]]] = {measure.key: {} for measure in measures}
-        done, total = 0, len(measures) * len(answered.predictions)
+        done, total = 0, len(measures) * len(answered.predictions) * len(answered.test)
         for name, made in answered.predictions.items():
             rows = _rows(answered.test, made, samples[name])
             for measure in measures:
-                scores[measure.key][name] = [measure.score(row) for row in rows]
-                done += 1
-                tell("consistency", done, total, measure.title)
+                part = scores[measure.key].setdefault(name, [])
+                for row in rows:
+                    part.append(measure.score(row))
+                    done += 1
+                    if done % _TOLD_EACH == 0:
+                        tell("consistency", done, total, measure.title)
     found = {
         measure.key: {name: _value(part, measure, answered, recipe) for name, part in scores[measure.key].items()} for measure in measures
     }
@@ -114,10 +118,11 @@ def mean_interval(
     return bootstrap_interval(kept, groups=groups, confidence=settings.confidence, resamples=settings.resamples, seed=recipe.seed)
 
 
-def _measures(checks: Sequence[tuple[str, Any]], material: Material) -> tuple[list[Measure], list[dict[str, str]]]:
+def _measures(checks: Sequence[tuple[str, Any]], material: Material, tell: Tell) -> tuple[list[Measure], list[dict[str, str]]]:
     measures: list[Measure] = []
     refused: list[dict[str, str]] = []
     for name, settings in checks:
+        tell("consistency", 0, 0, name.replace("_", " "))
         try:
             made = CHECKS[name].measures(settings, material)
         except Unfit as problem:

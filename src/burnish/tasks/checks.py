@@ -17,7 +17,8 @@ from typing import Any
 
 import regex
 
-from burnish.errors import RecipeError
+from burnish.errors import DataError, RecipeError, missing_extra
+from burnish.tasks.behaviour import has_loop, is_refusal
 from burnish.tasks.glossary import Glossary, read_glossary
 from burnish.tasks.json_schema import PATTERN_SECONDS, read_schema, search
 from burnish.tasks.meaning import read_representation, slot_f1
@@ -199,6 +200,11 @@ def _glossary(settings: Any, material: Material) -> list[Measure]:
     ]  # fmt: skip
 
 
+def _verify_tone(settings: Any) -> None:
+    with missing_extra("checks", "the check tone", DataError):
+        import sklearn  # noqa: F401
+
+
 def _tone(settings: Any, material: Material) -> list[Measure]:
     if material.untrained is None:
         raise Unfit("the base model did not answer: there is no other voice to tell from (evaluation.candidates without base)")
@@ -216,43 +222,15 @@ def _tone(settings: Any, material: Material) -> list[Measure]:
 
 # Behaviour
 
-_REFUSALS = re.compile(
-    r"""\b(?:i['’]?\s?a?m\s+(?:sorry|afraid|unable)|i\s+apologi[sz]e|(?:i\s+)?(?:can(?:not|['’]t)|am\s+(?:not\s+able|unable)\s+to|won['’]t|will\s+not)\s+
-    (?:help|assist|answer|provide|do\s+that|comply|fulfil|fulfill|comment)|as\s+an?\s+(?:ai|artificial|language\s+model)|
-    (?:es\s+)?tut\s+mir\s+leid|ich\s+kann\s+(?:dir|ihnen|das|dabei|diese\s+\w+)\s+\w*\s*(?:nicht|leider)|als\s+(?:ki|sprachmodell)|
-    je\s+suis\s+désolée?|je\s+ne\s+peux\s+pas|en\s+tant\s+qu['’](?:ia|intelligence)|lo\s+siento|no\s+puedo\s+(?:ayudar|responder)|como\s+(?:una\s+)?ia)\b""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_BEGINNING = 200  # characters in which a refusal shows
-
-
-def _is_refusal(text: str) -> bool:
-    return _REFUSALS.search(text[:_BEGINNING]) is not None
-
 
 def _refusal(settings: Any, material: Material) -> list[Measure]:
     def score(row: Row) -> Score:
-        if _is_refusal(row.reference):
+        if is_refusal(row.reference):
             return Score(None, "reference refuses, too")
-        return Score(float(_is_refusal(row.answer)))
+        return Score(float(is_refusal(row.answer)))
 
     reads = "The answer begins by saying that it cannot answer (phrases in English, German, French and Spanish)."
     return [Measure("refusal", "refusals", reads, score, lower_is_better=True)]
-
-
-def has_loop(text: str) -> bool:
-    """Whether some words (1 to 20) come four times in a row and more, or some characters (1 to 20) do over at least 60 characters."""
-    return _loops(text.split(), least=8) or _loops(text, least=60)
-
-
-def _loops(parts: Sequence[str], least: int) -> bool:
-    for period in range(1, 21):
-        run = 0
-        for now, before in zip(parts[period:], parts, strict=False):
-            run = run + 1 if now == before else 0
-            if run >= 3 * period and run + period >= least:
-                return True
-    return False
 
 
 def _repetition(settings: Any, material: Material) -> list[Measure]:
@@ -341,7 +319,7 @@ CHECKS: dict[str, Check] = {
     "sql": Check(_sql, chosen=_is_sql, verify=_verify_sql),
     "meaning_representation": Check(_meaning, chosen=_is_meaning),
     "glossary": Check(_glossary, verify=lambda path: read_glossary(Path(path))),
-    "tone": Check(_tone),
+    "tone": Check(_tone, verify=_verify_tone),
     "self_consistency": Check(_self_consistency),
     "judge": Check(_judge),
     "refusal": Check(_refusal, chosen=lambda material: True),

@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from burnish.errors import DataError, Problem
@@ -122,7 +123,7 @@ class _Text:
 
     def __init__(self, text: str) -> None:
         self.words = _words(text)
-        self._stems: dict[str, Words] = {}
+        self._stems: dict[str | None, tuple[Words, frozenset[str]]] = {None: (self.words, frozenset(self.words))}
 
     def has(self, words: Words, term: Term) -> bool:
         return bool(self._places(words, term, exact=self._alike(words, term)))
@@ -142,12 +143,13 @@ class _Text:
         return any(_stems(words, term.language) == _stems(other, term.language) for other in term.forbidden)
 
     def _places(self, words: Words, term: Term, *, exact: bool) -> list[int]:
-        if exact:
-            text, wanted = self.words, words
-        else:
-            if term.language not in self._stems:
-                self._stems[term.language] = _stems(self.words, term.language)
-            text, wanted = self._stems[term.language], _stems(words, term.language)
+        language = None if exact else term.language
+        if language not in self._stems:
+            stems = tuple(stem(word, str(language)) for word in self.words)
+            self._stems[language] = (stems, frozenset(stems))
+        (text, known), wanted = self._stems[language], words if exact else _stems(words, term.language)
+        if not known.issuperset(wanted):
+            return []
         n = len(wanted)
         return [at for at in range(len(text) - n + 1) if text[at] == wanted[0] and text[at : at + n] == wanted]
 
@@ -174,7 +176,8 @@ def stem(word: str, language: str = "") -> str:
     return word
 
 
-def _stems(words: Sequence[str], language: str) -> Words:
+@lru_cache(maxsize=200_000)  # each term meets each row
+def _stems(words: Words, language: str) -> Words:
     return tuple(stem(word, language) for word in words)
 
 

@@ -23,7 +23,8 @@ from burnish.errors import DataError, missing_extra
 FOLDS = 5
 LEAST_ROWS = 20  # of each voice
 LEAST_CHARACTERS = 25  # median of the training answers; a label or a code has no tone
-MOST_TRAINED = 3_000  # training answers fitted on
+MOST_TRAINED = 1_000  # training answers fitted on
+MOST_READ_CHARACTERS = 2_000  # of each text; a voice shows in its beginning
 LEAST_AUC = 0.6  # the lower end of its interval must lie above: nearer to 0.5 the two voices are one
 
 
@@ -41,7 +42,7 @@ class Tone:
     fold_of: tuple[int, ...]  # of each test row
 
     def reads_like_training(self, answer: str, row: int) -> bool:
-        return bool(self.models[self.fold_of[row]].predict([answer])[0] == 1)
+        return bool(self.models[self.fold_of[row]].predict([answer[:MOST_READ_CHARACTERS]])[0] == 1)
 
 
 def learn_tone(train: Sequence[str], untrained: Sequence[str], *, references: Sequence[str], groups: Sequence[str], seed: int = 0) -> Tone:
@@ -52,6 +53,7 @@ def learn_tone(train: Sequence[str], untrained: Sequence[str], *, references: Se
     if middle < LEAST_CHARACTERS:
         raise Unfit(f"training answers are too short to have a tone (median {middle:.0f} characters; {LEAST_CHARACTERS} are needed)")
     folds = _folds(groups, seed)
+    train, untrained, references = ([text[:MOST_READ_CHARACTERS] for text in texts] for texts in (train, untrained, references))
     random = np.random.default_rng(seed)
     kept = [train[index] for index in sorted(random.permutation(len(train))[:MOST_TRAINED].tolist())]
     with missing_extra("checks", "the check tone", DataError):
