@@ -27,6 +27,7 @@ _PLACES = {
     "compare": "burnish.pipeline",
     "write_report": "burnish.pipeline",
     "run_recipe": "burnish.pipeline",
+    "judge": "burnish.pipeline",
     "sweep": "burnish.pipeline",
     "BurnishError": "burnish.errors",
     "RecipeError": "burnish.errors",

@@ -29,7 +29,7 @@ def judge(
     """A language model compares the fine-tuned answers with the best baseline's, by a rubric, in both orders. Leaves 0 better, 3 worse, 4 can't tell."""
     import_steps()
     from burnish import pipeline
-    from burnish.cli.terminal import progress
+    from burnish.cli.terminal import complain, progress
     from burnish.evaluation import Endpoint
 
     if (endpoint is None) != (model is None):
@@ -37,6 +37,8 @@ def judge(
     asked = None
     if endpoint is not None and model is not None:
         asked = Endpoint("judge", endpoint, model, key_variable=key_variable, price_in=price_in, price_out=price_out, max_spend=max_spend)
+    if asked is not None and not (price_in or price_out) and not asked.is_local:
+        complain("no --price-in and --price-out: what the judge costs is not counted, and --max-spend cannot hold")
     job = open_run(run, None)
     with job.lock(), progress(as_json) as tell:
         found = pipeline.judge(job, endpoint=asked, rubric=rubric, labels=labels, against=against, rows=rows, tell=tell)

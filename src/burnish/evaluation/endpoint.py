@@ -77,6 +77,11 @@ class Endpoint:
         if self.max_spend is None and (self.price_in or self.price_out):
             raise RecipeError(f"{where}: it has a price and no max_spend: say how much may be spent at most (same currency)")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine."""
+        return is_loopback(urlsplit(self.base_url).hostname or "")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
