@@ -14,12 +14,18 @@
     ├── stages/NAME/           a run of its own for each stage of a chain
     ├── stages.json            what each stage brought, and its gate
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
+    ├── estimate.json          of `burnish estimate`: what the run will cost, foretold before it trains
     ├── comparison.json        scores, intervals, verdict
     ├── judge.json             of `burnish judge`: what a language model said of the answers, pair by pair
     ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
     ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
     ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
+    ├── retain.json            of `burnish retain`: what was forgotten, and the repair; retain/ has its rows, answers and trainings
+    ├── adapter-repaired/      the point between task and retention that was chosen, where it is another than adapter/
     ├── sweep.json trials.jsonl best.yaml sweep.html    of `burnish sweep`: what is searched for, a line a trial, the winner, the page
+    ├── model_card.md          the model's README in Hugging Face's form, with the report's numbers
+    ├── curve.json curve.jsonl curve.html    of `burnish curve`: what doubled data is worth, a line a training, the page
+    ├── value.json value.jsonl value.csv value.html kept.jsonl    of `burnish value`: the proof, the rows from worst to best, the rows that stay; value-work.jsonl
     └── report.html report.json
 
 A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist. Logs and answers (.jsonl outside data/)
@@ -48,11 +54,12 @@ from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_
 
 # Each step, and those whose results no longer hold once it begins again.
 STEPS: dict[str, tuple[str, ...]] = {
-    "prepare": ("baselines", "train", "evaluate", "compare", "report"),
+    "prepare": ("baselines", "train", "evaluate", "compare", "retain", "report"),
     "baselines": ("compare", "report"),
-    "train": ("evaluate", "compare", "report"),
+    "train": ("evaluate", "compare", "retain", "report"),
     "evaluate": ("compare", "report"),
     "compare": ("report",),
+    "retain": ("report",),
     "report": (),
 }
 
@@ -166,6 +173,43 @@ class Run:
         return self.path / "sweep.html"
 
     @property
+    def curve_file(self) -> Path:
+        return self.path / "curve.json"
+
+    @property
+    def curve_points_file(self) -> Path:
+        return self.path / "curve.jsonl"
+
+    @property
+    def curve_report_file(self) -> Path:
+        return self.path / "curve.html"
+
+    @property
+    def value_file(self) -> Path:
+        return self.path / "value.json"
+
+    @property
+    def value_work_file(self) -> Path:
+        """What the short trainings of `burnish value` brought, a line each: from here it goes on."""
+        return self.path / "value-work.jsonl"
+
+    @property
+    def value_rows_file(self) -> Path:
+        return self.path / "value.jsonl"
+
+    @property
+    def value_table_file(self) -> Path:
+        return self.path / "value.csv"
+
+    @property
+    def value_report_file(self) -> Path:
+        return self.path / "value.html"
+
+    @property
+    def kept_file(self) -> Path:
+        return self.path / "kept.jsonl"
+
+    @property
     def reference_file(self) -> Path:
         """What the model said of each preference pair before training."""
         return self.path / "training" / "reference.json"
@@ -191,6 +235,36 @@ class Run:
     @property
     def comparison_file(self) -> Path:
         return self.path / "comparison.json"
+
+    @property
+    def estimate_file(self) -> Path:
+        return self.path / "estimate.json"
+
+    @property
+    def card_file(self) -> Path:
+        return self.path / "model_card.md"
+
+    @property
+    def retain_file(self) -> Path:
+        return self.path / "retain.json"
+
+    @property
+    def retain_folder(self) -> Path:
+        """Rows, answers and trainings of `burnish retain`; each training is a run of its own."""
+        return self.path / "retain"
+
+    @property
+    def retain_rows_file(self) -> Path:
+        return self.retain_folder / "rows.jsonl"
+
+    @property
+    def replay_file(self) -> Path:
+        """Rows that the base model wrote for replay."""
+        return self.retain_folder / "replay.jsonl"
+
+    @property
+    def repaired_folder(self) -> Path:
+        return self.path / "adapter-repaired"
 
     @property
     def report_file(self) -> Path:
@@ -255,6 +329,11 @@ class Run:
 
     def recipe_as_asked(self) -> Recipe:
         return load_recipe(self.recipe_file)
+
+    def asked_key(self) -> str:
+        """One hash over the recipe as asked and the rows that were prepared: a forecast belongs to these."""
+        splits = self.read_json(self.manifest_file)["splits"]
+        return hash_of(self.recipe_as_asked().to_dict(), [part.get("file_sha256") for part in splits.values()])
 
     def resolve(self, values: Mapping[str, Any], *, further: bool = False) -> Recipe:
         """Write down what `auto` became. `values` maps dotted keys to values; `further`: besides what is written down already."""
@@ -340,13 +419,17 @@ class Run:
         status["steps"] = {name: entry for name, entry in status["steps"].items() if name not in steps}
         if self.status_file.exists():
             self.write_json(self.status_file, status)
-        stale = {"compare": (self.comparison_file, self.judge_file), "report": (self.report_file, self.report_json_file)}
+        stale = {
+            "compare": (self.comparison_file, self.judge_file),
+            "retain": (self.retain_file, self.repaired_folder),
+            "report": (self.report_file, self.report_json_file, self.card_file),
+        }
         for path in (path for step in steps for path in stale.get(step, ())):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Remove what a process that died was writing aside; the lock is held, so nobody else is writing. Stages are runs of their own."""
-        for place in (self.path, *(self.path / name for name in ("data", "candidates", "training", "training/tokens"))):
+        for place in (self.path, *(self.path / name for name in ("data", "candidates", "training", "training/tokens", "retain"))):
             for left in filter(_is_aside, place.glob(".*.tmp")):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 

@@ -53,7 +53,7 @@ def test_everything_is_in_the_folder(finished: Run) -> None:
         "recipe.yaml", "recipe.resolved.yaml", "run.json", "events.jsonl", "data/train.jsonl", "data/validation.jsonl", "data/test.jsonl",
         "data/manifest.json", "candidates/selection.json", "candidates/base.jsonl", "candidates/few_shot.jsonl", "candidates/few_shot_retrieved.jsonl",
         "candidates/tuned.jsonl", "training/metrics.jsonl", "training/summary.json", "adapter/adapter_model.safetensors", "adapter/chat_template.jinja",
-        "adapter/burnish.json", "comparison.json", "report.html", "report.json",
+        "adapter/burnish.json", "adapter/README.md", "comparison.json", "report.html", "report.json", "model_card.md",
     ):  # fmt: skip
         assert (finished.path / name).stat().st_size > 0, name
     assert {step["state"] for step in finished.status()["steps"].values()} == {"done"}

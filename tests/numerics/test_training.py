@@ -310,3 +310,15 @@ def test_every_path_can_be_switched_off(tokenizer: Any, sequences: list[Tokens])
 
 def test_collected_types(tiny_models: Callable[[str], Any]) -> None:
     assert {type(tiny_models(family)).__name__ for family in FAMILIES} == {"LlamaForCausalLM", "Gemma3ForCausalLM"}
+
+
+def test_a_process_without_rows_of_a_step_adds_nothing(tokenizer: Any, sequences: list[Tokens]) -> None:
+    """The last batch of an epoch may have fewer rows than there are processes."""
+    from burnish.training.objective import make_objective
+    from burnish.training.step import backward, items_at_once
+
+    objective = make_objective(recipe())
+    model = adapted("llama", tokenizer, recipe())
+    assert items_at_once(objective, [], 4, "cpu") == 1
+    assert backward(model, objective, [], at_once=4, denominator=10) == 0.0
+    assert all(parameter.grad is None for parameter in model.parameters())

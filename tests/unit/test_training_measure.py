@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from burnish import pipeline
-from burnish.models import load_chat
+from burnish.models import METHODS, load_chat
 from burnish.recipe import Recipe, build_recipe
 from burnish.run import Run
 from burnish.training import StepTimes, time_steps
@@ -33,6 +33,7 @@ def ticking(step: float = 1.0) -> Callable[[], float]:
 
 def prepared(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[Run, Recipe]:
     data = tmp_path / "rows.jsonl"
+    data.parent.mkdir(exist_ok=True)
     data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(160)))
     training = {"micro_batch_size": 4, "epochs": 2, "learning_rate": 1e-3, **changes.pop("training", {})}
     dtype = changes.pop("dtype", "float32")
@@ -72,9 +73,23 @@ def test_memory_is_that_of_a_hand_count(tiny_folder: Path, tmp_path: Path, token
 def test_full_training_holds_no_adapter(tiny_folder: Path, tmp_path: Path) -> None:
     job, recipe = prepared(tiny_folder, tmp_path, training={"method": "full"}, dtype="bfloat16")
     found = measured(job, recipe, clock=ticking())
-    assert found.trainable_parameters == found.total_parameters
-    assert (found.memory.adapter, found.memory.gradients) == (0, 4 * found.total_parameters)
-    assert found.memory.optimizer == 12 * found.total_parameters
+    assert found.shape.trained_parameters == found.shape.parameters
+    assert (found.memory.adapter, found.memory.gradients) == (0, 4 * found.shape.parameters)
+    assert found.memory.optimizer == 12 * found.shape.parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured(wide_folder: Path, tmp_path: Path, method: str) -> None:
+    """On a base in 4 bits (0.5 bytes a weight and its scales) the weights take less than in 16; every part that must be there is."""
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    job, recipe = prepared(wide_folder, tmp_path, training={"method": method}, dtype="bfloat16")
+    found = measured(job, recipe, clock=ticking(), timed=2)
+    assert (found.memory.adapter > 0) == (method != "full")
+    assert found.memory.optimizer == 12 * found.shape.trained_parameters
+    if method == "qlora":
+        plain, _ = prepared(wide_folder, tmp_path / "plain", dtype="bfloat16")
+        assert found.memory.weights < measured(plain, plain.recipe(), clock=ticking(), timed=2).memory.weights
 
 
 def test_seconds_come_from_the_clock(tiny_folder: Path, tmp_path: Path) -> None:

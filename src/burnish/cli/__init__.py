@@ -2,7 +2,7 @@
 
 The doors are imported inside the commands: `burnish --help` must not wait for torch.
 
-    app.py    the application and its shared options    steps.py, decide.py, search.py, look.py    the commands
+    app.py    the application and its shared options    steps.py, decide.py, estimate.py, search.py, rows.py, retain.py, look.py    the commands
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import traceback
 
 import typer
 
-from burnish.cli import decide, judge, look, search, steps
+from burnish.cli import decide, estimate, judge, look, retain, rows, search, steps
 from burnish.cli.app import Interrupted, app, is_launched, rank
 from burnish.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_USER_INPUT, BurnishError, Stopped
 
-COMMANDS = (steps, decide, judge, search, look)  # importing a module adds its commands
+COMMANDS = (steps, decide, estimate, judge, search, rows, retain, look)  # importing a module adds its commands
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ _EXTRAS = {
     "hub": ("huggingface_hub", "models and data by Hugging Face name"),
     "parquet": ("pyarrow", "Parquet files"),
     "sweep": ("optuna", "`burnish sweep`"),
+    "harness": ("lm_eval", "suites `lm-eval:TASK` of `burnish retain`"),
     "quantized": ("bitsandbytes", "a 4-bit base (training.method: qlora)"),
 }
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -181,15 +181,18 @@ def merge(
 
 @app.command()
 def run(
-    recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False
-) -> None:
+    recipe: RecipeArgument, run: RunOption = None, overrides: SetOption = None, fresh: FreshOption = False,
+    forecast: Annotated[bool, typer.Option("--estimate", help="Foretell time and memory first; the report compares them with the facts.")] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
     """Everything: prepare, baselines, train, evaluate, compare, report. Takes up a run that was cut off."""
     import_steps()
     from burnish import pipeline
     from burnish.cli.terminal import progress
 
     with progress(as_json) as tell:
-        job = pipeline.run_recipe(asked_recipe(recipe, overrides), folder=run or folder_of(recipe), fresh=fresh, tell=tell)
+        asked = asked_recipe(recipe, overrides)
+        job = pipeline.run_recipe(asked, folder=run or folder_of(recipe), fresh=fresh, forecast=forecast, tell=tell)
     finish(job, as_json)
 
 
@@ -235,15 +238,31 @@ def finish(job: Run, as_json: bool) -> None:
 
     content = job.read_json(job.comparison_file)
     if as_json:
-        kept = {key: value for key, value in content.items() if key != "rows_detail"}
-        print_json({"run": str(job.path), "report": str(job.report_file), **kept})
+        shown = {key: value for key, value in content.items() if key != "rows_detail"}
+        retained = {"retain": job.read_json(job.retain_file)} if job.retain_file.exists() else {}
+        print_json({"run": str(job.path), "report": str(job.report_file), **shown, **retained})
     else:
         from burnish.cli.tables import show_verdict
 
         show_verdict(job)
+    kept = job.read_json(job.retain_file) if job.retain_file.exists() else None
+    if kept is not None and not as_json:
+        from burnish.cli.retain import show_retention
+
+        show_retention(kept)
     if any(CANDIDATES[row["name"]].trained for row in content["candidates"]):
         codes = {Verdict.BETTER: EXIT_DONE, Verdict.WORSE: EXIT_GATE_SAID_NO, Verdict.CANT_TELL: EXIT_CANT_TELL}
-        raise typer.Exit(codes[Verdict(content["verdict"])])
+        # A model that is better but forgets does not pass; one that is not better has failed already.
+        raise typer.Exit(codes[Verdict(content["verdict"])] or gate_code(kept))
+
+
+def gate_code(kept: dict[str, Any] | None) -> int:
+    """The exit code of the gate on retention: 0 where there is none."""
+    from burnish.advice import Gate
+    from burnish.pipeline import gate_of
+
+    state = gate_of(kept) if kept is not None else None
+    return {Gate.FAILED: EXIT_GATE_SAID_NO, Gate.CANT_TELL: EXIT_CANT_TELL}.get(Gate(state), EXIT_DONE) if state is not None else EXIT_DONE
 
 
 def _launch(processes: int, folder: Path) -> None:

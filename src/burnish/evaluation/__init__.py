@@ -8,20 +8,25 @@ invariant   every candidate answers the same rows; what is chosen is chosen on v
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from burnish.data import Passage, read_passages
-from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidates_for, make_context
+from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidates_for, fitting, make_context
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
 from burnish.evaluation.predict import Options, predict, read_predictions, rows_per_second
-from burnish.evaluation.retrieve import Library
+from burnish.evaluation.rescore import TaskRows, score_task
+from burnish.evaluation.retention import SUITES, Ground, Measured, measure_suite
+from burnish.evaluation.retrieve import BY_WORDS, Library, Words
 from burnish.evaluation.samples import draw_samples, drawing_of
-from burnish.evaluation.select import select
+from burnish.evaluation.select import select, settings_to_try
+from burnish.evaluation.speed import AnswerCost, Asked, costs, spread, text_costs
+from burnish.evaluation.suites import DEFAULT_SUITES, Suite, openings, read_suites
 from burnish.evaluation.weigh import weigh, weigh_runs
 from burnish.models import Chat, Limits, base_state, can_embed, embed, load_base, load_trained, trained_hash, verify_adapter, weights_hash
 from burnish.recipe import EndpointSection, Recipe
@@ -61,15 +66,15 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
             )
 
 
-def library_for(run: Run, dataset: Dataset, recipe: Recipe, tell: Tell = silent) -> Library:
-    """What the run's candidates can look up: its training rows, and the recipe's documents."""
+def library_for(run: Run | None, dataset: Dataset, recipe: Recipe, tell: Tell = silent) -> Library:
+    """What the run's candidates can look up: its training rows, and the recipe's documents. Without a run by words only."""
     passages: list[Passage] = []
     if recipe.data.documents is not None:
         tell("reading the documents", 0, 0, recipe.data.documents)
         passages = read_passages(recipe.data.documents, [example.reference for example in dataset.train])
-    return Library(
-        dataset.train, passages, embed=partial(embed, tell=tell) if can_embed() else None, folder=run.predictions_file("base").parent
-    )
+    if run is None or not can_embed():
+        return Library(dataset.train, passages)
+    return Library(dataset.train, passages, embed=partial(embed, tell=tell), folder=run.predictions_file("base").parent)
 
 
 def client_for(run: Run, recipe: Recipe) -> Client | None:
@@ -90,6 +95,35 @@ def _chosen_before(run: Run) -> dict[str, dict[str, Any]]:
     return {"tuned_rag": {**rag, "prompt_form": "as_is", "shots": 0}}
 
 
+def answer_costs(
+    dataset: Dataset, recipe: Recipe, chat: Chat, task: Task, *, test_rows: int, clock: Callable[[], float] = time.perf_counter, tell: Tell = silent
+) -> AnswerCost:  # fmt: skip
+    """What `evaluate` will take for all candidates, from a few batches answered now. Validation rows stand for the `test_rows` test rows, which are not read."""
+    began = clock()
+    model = load_base(recipe, tell)
+    load_seconds = clock() - began
+    limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
+    window = int(getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_CONTEXT_TOKENS))
+    room = max(64, min(window, _LONGEST_CONTEXT_TOKENS) - limits.max_new_tokens)
+    library, ways = library_for(None, dataset, recipe, tell), {kind: {"chosen": BY_WORDS} for kind in ("examples", "passages")}
+    context = make_context(chat, task, library, instruction=recipe.task.instruction, prompt_limit=room)
+    rows = sorted(dataset.validation, key=lambda example: example.id)[: recipe.evaluation.selection_rows]
+    some = spread(dataset.validation)
+
+    def prompts(name: str, setting: Setting, examples: Sequence[Example]) -> list[list[int]]:
+        return [fitting(name, example, setting, context)[1] for example in examples]
+
+    asked = []
+    for name in (name for name in recipe.evaluation.candidates if CANDIDATES[name].by == "model"):
+        trained = CANDIDATES[name].trained
+        for setting in [Setting()] if trained else settings_to_try(name, recipe.evaluation, library, ways=ways, chosen={}):
+            asked.append(Asked(name, [] if trained else prompts(name, setting, rows), prompts(name, setting, some)))
+    references = [len(chat.tokenizer.encode(example.reference, add_special_tokens=False)) + 1 for example in some]
+    return costs(
+        model, recipe, chat, asked, limits=limits, references=references, test_rows=test_rows, load_seconds=load_seconds, tell=tell
+    )
+
+
 def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
     """The recipe with the base that the run's adapter belongs to: its own, or what earlier stages of a chain left in the run's folder."""
     folder = run.read_json(run.training_file).get("base_folder")
@@ -98,15 +132,20 @@ def on_tuned_base(run: Run, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(run.path / folder)})})
 
 
-def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
-    """What the model, as it is now, scores on the validation rows when it is asked as it was trained. None: no row could be scored."""
+def validation_answers(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> list[str]:
+    """What the model, as it is now, answers to the validation rows, in order, when it is asked as it was trained."""
     limits = limits_for(dataset.train, int(recipe.evaluation.max_new_tokens))
     task = task_for(metric.name, [example.reference for example in dataset.train])
     context = make_context(chat, task, Library(()), instruction=recipe.task.instruction or "", prompt_limit=_LONGEST_CONTEXT_TOKENS)
     options = Options(recipe.evaluation.batch_size, title="answering validation rows", tell=tell)
-    rows = dataset.validation
-    made = predict(model, "tuned", rows, setting=Setting(), context=context, limits=limits, options=options)
-    return measure(metric, [prediction.text for prediction in made], [example.reference for example in rows]).value
+    made = predict(model, "tuned", dataset.validation, setting=Setting(), context=context, limits=limits, options=options)
+    return [prediction.text for prediction in made]
+
+
+def validation_score(model: Any, dataset: Dataset, recipe: Recipe, chat: Chat, metric: Metric, tell: Tell = silent) -> float | None:
+    """The score of `validation_answers`. None: no row could be scored."""
+    answers = validation_answers(model, dataset, recipe, chat, metric, tell)
+    return measure(metric, answers, [example.reference for example in dataset.validation]).value
 
 
 def limits_for(train: Sequence[Example], max_new_tokens: int) -> Limits:
@@ -145,6 +184,9 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "TEXT_CANDIDATES", "Client", "Endpoint", "candidates_for", "compare_run", "compare_text", "detectable", "drawing_of", "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for",
-    "measure_text", "on_tuned_base", "read_predictions", "rows_per_second", "validation_score", "weigh", "weigh_runs",
+    "BITS_PER_BYTE", "CANDIDATES", "DEFAULT_SUITES", "SUITES", "TEXT_CANDIDATES", "AnswerCost", "Client", "Endpoint", "Ground",
+    "Measured", "Suite", "TaskRows", "Words", "answer_costs", "candidates_for", "compare_run", "compare_text", "detectable", "drawing_of",
+    "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for", "measure_suite", "measure_text", "on_tuned_base", "openings",
+    "read_predictions", "read_suites", "rows_per_second", "score_task", "text_costs", "validation_answers", "validation_score", "weigh",
+    "weigh_runs",
 ]  # fmt: skip

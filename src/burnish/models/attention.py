@@ -85,6 +85,18 @@ def watch_calls() -> Iterator[dict[Any, dict[str, Any]]]:
         _watched = None
 
 
+def windows_reach(config: Any, calls: dict[Any, dict[str, Any]]) -> bool:
+    """Whether every sliding window of the config came with the calls of attention. Some families put it into their mask alone, which segments
+    do not look at; layers of another kind (chunks, linear attention) are not for segments either."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(calls)
+    if not set(kinds) <= {"full_attention", "sliding_attention"} or len(kinds) != len(calls):
+        return False
+    asked = [call["sliding_window"] for call in calls.values()]
+    return sum(one is not None for one in asked) == kinds.count("sliding_attention") and all(one in (None, window) for one in asked)
+
+
 AttentionInterface.register(BY_SEGMENT, _forward)
 AttentionMaskInterface.register(BY_SEGMENT, sdpa_mask)
 

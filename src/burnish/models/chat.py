@@ -138,6 +138,11 @@ class Chat:
             windows.append(Tokens([*head, ids[start - 1], *fresh], [IGNORED] * (len(head) + 1) + fresh))
         return windows
 
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text as tokens, after <bos> where the tokenizer has one; control tokens in it are read letter by letter."""
+        bos = self.tokenizer.bos_token_id
+        return [*([] if bos is None else [bos]), *self._ids(text, as_text=self.find_control(text) is not None)]
+
     def segments(self, tokens: Tokens) -> list[tuple[str, bool]]:
         """(text, trained) runs of a sequence, for showing the mask. Control tokens are written out."""
         runs: list[tuple[list[int], bool]] = []

@@ -32,8 +32,9 @@ _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def fuse(model: Any, kernels: Kernels | None = None) -> dict[str, int]:
-    """Exchange what can be exchanged. Returns how many modules of each kind were."""
-    counts = {"norm": 0, "lora": 0, "mlp": 0}
+    """Exchange what can be exchanged. Returns how many modules of each kind are exchanged now."""
+    kinds = {"norm": FusedNorm, "lora": FusedLora, "mlp": FusedMLP}
+    counts = {name: sum(isinstance(module, kind) for module in model.modules()) for name, kind in kinds.items()}
     for module in list(model.modules()):
         if type(module) is LoraLinear and _takes_plain_lora(module):
             module.__class__ = FusedLora  # as FSDP2 does with what it wraps: the same object, parameters and names
@@ -328,8 +329,20 @@ def _fused_mlp(module: Any, kernels: Kernels | None) -> FusedMLP | None:
 
 
 def _same(a: Any, b: Any, probe: Tensor) -> bool:
-    with torch.no_grad():
-        return same(a(probe).float(), b(probe).float(), probe.dtype)
+    """In training mode, with the same random numbers: a dropout that only training has must not go unseen."""
+    found: list[Tensor] = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for one in (a, b):
+            was = [(part, part.training) for part in one.modules()] if isinstance(one, nn.Module) else []
+            torch.manual_seed(0)
+            for part, _ in was:
+                part.training = True
+            try:
+                found.append(one(probe).float())
+            finally:
+                for part, training in was:
+                    part.training = training
+    return same(found[0], found[1], probe.dtype)
 
 
 def same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

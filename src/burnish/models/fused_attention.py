@@ -6,8 +6,9 @@
     out     → output projection
 
 The model's own attention module becomes a subclass of itself that goes this way where a call brings `segments`, and its own way elsewhere (generation,
-a mask). How a family calls attention (its scale, its window, what else it asks for) is not assumed: a forward pass of the model itself is watched,
-and a module is exchanged only where the new way gives the same output for the same input.
+a mask). Only classes whose forward pass was read are exchanged (KNOWN): what a family does to its queries at late positions, or to large numbers, or in
+training only, no probe would show. How such a class calls attention (its scale, its window) is watched in a forward pass of the model itself, and a
+module is exchanged only where the new way gives the same output for the same input.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from burnish.models.kernels import Kernels
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
+# Projections, a norm of each head in some, rotary positions, attention, output projection, and nothing else (transformers 5.20 to 5.23).
+KNOWN = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention", "GraniteAttention"}
 
 
 def fuse_attention(model: Any, kernels: Kernels, run: Callable[[], Any]) -> int:
-    """Exchange the attention modules that can be. `run` calls the model on a few tokens, by segments. Returns how many were exchanged.
+    """Exchange the attention modules that can be. `run` calls the model on a few tokens, by segments. Returns how many are exchanged now.
 
     Call it after `fuse` (the norms of heads are looked for) and `attend_by_segment`.
     """
@@ -59,7 +62,7 @@ def fuse_attention(model: Any, kernels: Kernels, run: Callable[[], Any]) -> int:
             module.__dict__.pop("burnish", None)
     for module in dict.fromkeys(proved):
         module.__class__ = type(f"Fused{type(module).__name__}", (_FusedAttention, type(module)), {})
-    return len(set(proved))
+    return sum(isinstance(module, _FusedAttention) for module in model.modules())
 
 
 class _FusedAttention:
@@ -72,6 +75,8 @@ class _FusedAttention:
 
 
 def _has_the_parts(module: Any) -> bool:
+    if type(module).__name__ not in KNOWN or not type(module).__module__.startswith("transformers.models."):
+        return False
     names = {name for name, _ in module.named_children()}
     if not names >= _PROJECTIONS or not names <= _PROJECTIONS | _NORMS or not isinstance(getattr(module, "head_dim", None), int):
         return False

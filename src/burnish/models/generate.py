@@ -87,24 +87,29 @@ def generate(
     sampling: Sampling | None = None,
 ) -> Iterator[list[tuple[int, Generation]]]:  # fmt: skip
     """Yield, batch by batch, (index into `prompts`, answer). Greedy unless `sampling`; deterministic for a given batch size."""
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     masks = _Masks(model.config)
-    shared = _common_prefix([prompts[index] for index in order]) if masks.by_position else 0
+    shared, batches = layout(model.config, prompts, limits, batch_size=batch_size)
     shared_cache = None
     done = 0
     tell("generating", 0, len(prompts), "")
-    for batch in _batches(order, prompts, limits, batch_size):
+    for batch in batches:
         with torch.inference_mode():
             started = time.perf_counter()  # the first batch waits for what all share, too
-            if shared >= _LEAST_SHARED and shared_cache is None:
-                shared_cache = _prefill_shared(model, masks, list(prompts[order[0]][:shared]))
-            skip = shared if shared_cache is not None else 0
+            if shared and shared_cache is None:
+                shared_cache = _prefill_shared(model, masks, list(prompts[batch[0]][:shared]))
             pick = _greedy if sampling is None else _Draw(sampling.temperature, [sampling.seeds[i] for i in batch])
-            rows = [list(prompts[i][skip:]) for i in batch]
-            answers = _generate_batch(model, chat, rows, limits, masks, shared_cache, skip, started, pick)
+            rows = [list(prompts[i][shared:]) for i in batch]
+            answers = _generate_batch(model, chat, rows, limits, masks, shared_cache, shared, started, pick)
         done += len(batch)
         tell("generating", done, len(prompts), "")
         yield list(zip(batch, answers, strict=True))
+
+
+def layout(config: Any, prompts: Sequence[Sequence[int]], limits: Limits, *, batch_size: int) -> tuple[int, list[list[int]]]:
+    """How `generate` goes about these prompts: (tokens that all begin with and that are computed once, indices of each batch)."""
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    shared = _common_prefix(prompts) if _Masks(config).by_position else 0
+    return (shared if shared >= _LEAST_SHARED else 0), list(_batches(order, prompts, limits, batch_size))
 
 
 def _greedy(logits: Tensor, rows: Sequence[int]) -> Tensor:

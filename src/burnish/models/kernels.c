@@ -1,7 +1,8 @@
 /* What a training step does between its matrix products, each in one pass over memory. Compiled and called by kernels.py.
  *
  * Every function exists for float and for bfloat16: this file includes itself once for each. Numbers inside are always float32, and each row is
- * summed by one thread in one order, so that the result does not depend on the number of threads. Nothing is allocated but a row per thread.
+ * summed by one thread in one order, so that the result does not depend on the number of threads. Nothing is allocated but a row per thread, before the
+ * threads begin: a function that may find no memory for it returns 1 and has changed nothing.
  */
 #ifndef T
 
@@ -11,6 +12,10 @@
 #include <string.h>
 
 typedef uint16_t bfloat16;
+
+/* As omp.h has them: its header may be missing where its library is not. */
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
 
 static inline float to_float_float(float x) { return x; }
 static inline float from_float_float(float x) { return x; }
@@ -137,12 +142,14 @@ void FN(norm_and_turn)(const T *x, const T *w, float offset, float epsilon, cons
     }
 }
 
-void FN(norm_and_turn_back)(const T *above, const T *x, const T *w, float offset, const float *scale, const T *cosine, const T *sine, T *of_x,
+int FN(norm_and_turn_back)(const T *above, const T *x, const T *w, float offset, const float *scale, const T *cosine, const T *sine, T *of_x,
                             long tokens, long heads, long size) {
     long half = size / 2;
+    float *rows = malloc(omp_get_max_threads() * size * sizeof(float));
+    if (!rows) return 1;
 #pragma omp parallel
     {
-        float *turned = malloc(size * sizeof(float));
+        float *turned = rows + omp_get_thread_num() * size;
 #pragma omp for schedule(static)
         for (long row = 0; row < tokens * heads; row++) {
             const T *up = above + row * size, *in = x + row * size, *c = cosine + row / heads * size, *d = sine + row / heads * size;
@@ -168,8 +175,9 @@ void FN(norm_and_turn_back)(const T *above, const T *x, const T *w, float offset
 #pragma omp simd
             for (long i = 0; i < size; i++) out[i] = STORE(s * (turned[i] - LOAD(in[i]) * s * inner));
         }
-        free(turned);
     }
+    free(rows);
+    return 0;
 }
 
 /* inner = act(gate) · up */
@@ -203,10 +211,12 @@ void FN(gated_back)(int kind, const T *gate, const T *up, T *above, T *inner, T 
 /* Scores become probabilities. scores: (batch, tokens, group, keys), raw products; token i sees keys first + i − window + 1 … first + i.
  * log_sums: (batch, tokens, group), log Σ exp(scale · score) / scale: in units of the scores, and always subtracted before the multiplication, since
  * a fused multiply-add of scores near 1e20 would be off by far more than e's largest power. */
-void FN(softmax)(T *scores, float scale, float *log_sums, long batch, long tokens, long group, long keys, long first, long window) {
+int FN(softmax)(T *scores, float scale, float *log_sums, long batch, long tokens, long group, long keys, long first, long window) {
+    float *rows = malloc(omp_get_max_threads() * keys * sizeof(float));
+    if (!rows) return 1;
 #pragma omp parallel
     {
-        float *powers = malloc(keys * sizeof(float));
+        float *powers = rows + omp_get_thread_num() * keys;
 #pragma omp for schedule(static)
         for (long row = 0; row < batch * tokens * group; row++) {
             T *s = scores + row * keys;
@@ -226,16 +236,19 @@ void FN(softmax)(T *scores, float scale, float *log_sums, long batch, long token
             for (long j = begin; j <= last; j++) s[j] = STORE(powers[j] * share);
             for (long j = last + 1; j < keys; j++) s[j] = STORE(0.0f);
         }
-        free(powers);
     }
+    free(rows);
+    return 0;
 }
 
 /* From raw scores and d loss / d probability: probabilities in the place of the scores, d loss / d score in the place of what came. */
-void FN(softmax_back)(T *scores, T *above, float scale, const float *log_sums, long batch, long tokens, long group, long keys, long first,
+int FN(softmax_back)(T *scores, T *above, float scale, const float *log_sums, long batch, long tokens, long group, long keys, long first,
                       long window) {
+    float *rows = malloc(omp_get_max_threads() * keys * sizeof(float));
+    if (!rows) return 1;
 #pragma omp parallel
     {
-        float *shares = malloc(keys * sizeof(float));
+        float *shares = rows + omp_get_thread_num() * keys;
 #pragma omp for schedule(static)
         for (long row = 0; row < batch * tokens * group; row++) {
             T *s = scores + row * keys, *up = above + row * keys;
@@ -254,18 +267,21 @@ void FN(softmax_back)(T *scores, T *above, float scale, const float *log_sums, l
             }
             for (long j = last + 1; j < keys; j++) s[j] = up[j] = STORE(0.0f);
         }
-        free(shares);
     }
+    free(rows);
+    return 0;
 }
 
 /* A block of logits joins log_sums, the log Σ exp of each row so far (-inf before the first block); and `bound`, for each word of the block, is an upper
  * bound of its probability in any row: exp(logit − the largest of what is known not to be above the row's final log Σ exp). `least` holds a logit
  * of each row that is known beforehand, its target's. logits: (rows, words); least, log_sums: (rows,); bound: (words,) */
-void FN(join_logits)(const T *logits, const float *least, float *log_sums, float *bound, long rows, long words) {
+int FN(join_logits)(const T *logits, const float *least, float *log_sums, float *bound, long rows, long words) {
+    float *all = calloc(omp_get_max_threads() * words, sizeof(float));
+    if (!all) return 1;
     memset(bound, 0, words * sizeof(float));
 #pragma omp parallel
     {
-        float *mine = calloc(words, sizeof(float));
+        float *mine = all + omp_get_thread_num() * words;
 #pragma omp for schedule(static)
         for (long row = 0; row < rows; row++) {
             const T *in = logits + row * words;
@@ -285,19 +301,22 @@ void FN(join_logits)(const T *logits, const float *least, float *log_sums, float
         }
 #pragma omp critical
         for (long i = 0; i < words; i++) bound[i] = mine[i] > bound[i] ? mine[i] : bound[i];
-        free(mine);
     }
+    free(all);
+    return 0;
 }
 
-/* Logits become (p − 1 at the target) · by_row, and `missing` loses the probabilities. place: (rows,) where the target stands; outside the block: elsewhere. */
-void FN(logit_slopes)(T *logits, const float *log_sums, const float *by_row, float *missing, const int64_t *place, int64_t start, long rows,
-                      long words) {
+/* Logits become (p − 1 at the target) · by_row, and `missing` loses the probabilities. place: (rows,) where the target stands; outside the block:
+ * elsewhere. share: (rows,) the target's probability, from its logit in float32: the one in the block is rounded. */
+void FN(logit_slopes)(T *logits, const float *log_sums, const float *by_row, const float *share, float *missing, const int64_t *place, int64_t start,
+                      long rows, long words) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; row++) {
         T *in = logits + row * words;
         float sum = 0.0f, all = log_sums[row], by = by_row[row];
         int64_t target = place[row] - start;
-        float special = target >= 0 && target < words ? exponential(LOAD(in[target]) - all) : 0.0f;
+        int inside = target >= 0 && target < words;
+        float rounded = inside ? exponential(LOAD(in[target]) - all) : 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (long i = 0; i < words; i++) {
             float p = exponential(LOAD(in[i]) - all);
@@ -305,23 +324,28 @@ void FN(logit_slopes)(T *logits, const float *log_sums, const float *by_row, flo
             in[i] = STORE(p * by);
         }
         missing[row] -= sum;
-        if (target >= 0 && target < words) in[target] = STORE((special - 1.0f) * by);
+        if (inside) {
+            missing[row] += rounded - share[row];
+            in[target] = STORE((share[row] - 1.0f) * by);
+        }
     }
 }
 
-/* Rows to 8 bits, each with its own scale: rounded = 128 + round(x / scale), scale = max |x| / 127. */
+/* Rows to 8 bits, each with its own scale: rounded = 128 + round(x / scale), scale = max |x| / 127; NaN where the row holds what is not finite. */
 void FN(to_bytes)(const T *x, uint8_t *rounded, float *scale, long rows, long size) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; row++) {
         const T *in = x + row * size;
         float most = 1e-12f;
-#pragma omp simd reduction(max : most)
+        int spoilt = 0;
+#pragma omp simd reduction(max : most) reduction(| : spoilt)
         for (long i = 0; i < size; i++) {
-            float value = fabsf(LOAD(in[i]));
-            most = value > most ? value : most;
+            union { float f; uint32_t i; } value = {.f = fabsf(LOAD(in[i]))};
+            most = value.f > most ? value.f : most;
+            spoilt |= value.i >= 0x7f800000u; /* infinite or NaN; value · 0 is folded to 0 by GCC 12 */
         }
         float by = 127.0f / most;
-        scale[row] = most / 127.0f;
+        scale[row] = spoilt ? NAN : most / 127.0f;
 #pragma omp simd
         for (long i = 0; i < size; i++) rounded[row * size + i] = (uint8_t)(128 + (int32_t)rintf(LOAD(in[i]) * by));
     }

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from burnish.models.embedded import cache_folder
+from burnish.run import hash_file, write_whole
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
@@ -42,10 +43,11 @@ _SIGNATURES = {
     "softmax": "pfpllllll",
     "softmax_back": "ppfpllllll",
     "join_logits": "ppppll",
-    "logit_slopes": "ppppplll",
+    "logit_slopes": "pppppplll",
     "to_bytes": "pppll",
     "scale_rows": "pppll",
 }  # fmt: skip
+_ALLOCATING = {"norm_and_turn_back", "softmax", "softmax_back", "join_logits"}  # these may find no memory for a row of each thread
 _C_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_long}
 
 
@@ -62,7 +64,8 @@ class Kernels:
         for name, letters in _SIGNATURES.items():
             for dtype, suffix in _TYPES.items():
                 function = getattr(library, f"{name}_{suffix}")
-                function.argtypes, function.restype = [_C_TYPES[letter] for letter in letters], None
+                function.argtypes = [_C_TYPES[letter] for letter in letters]
+                function.restype = ctypes.c_int if name in _ALLOCATING else None
                 self._functions[name, dtype] = function
 
     def __deepcopy__(self, memo: Any) -> Kernels:
@@ -130,12 +133,15 @@ class Kernels:
         the tighter the higher `least` (N,) is: a logit of each row that is known beforehand."""
         self._call("join_logits", logits, least, log_sums, bound, *logits.shape)
 
-    def logit_slopes(self, logits: Tensor, log_sums: Tensor, by_row: Tensor, missing: Tensor, place: Tensor, start: int) -> None:
-        """Logits (N, words) become (p − [target]) · by_row; `missing` (N,) loses the probabilities. place: (N,) int64, targets at place − start."""
-        self._call("logit_slopes", logits, log_sums, by_row, missing, place, start, *logits.shape)
+    def logit_slopes(
+        self, logits: Tensor, log_sums: Tensor, by_row: Tensor, share: Tensor, missing: Tensor, place: Tensor, start: int
+    ) -> None:  # fmt: skip
+        """Logits (N, words) become (p − [target]) · by_row; `missing` (N,) loses the probabilities. place: (N,) int64, targets at place − start;
+        share: (N,) float32, the target's probability."""
+        self._call("logit_slopes", logits, log_sums, by_row, share, missing, place, start, *logits.shape)
 
     def to_bytes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D) → 128 + round(x ÷ scale) (T, D) uint8, scale (T,) = max |x| ÷ 127."""
+        """(T, D) → 128 + round(x ÷ scale) (T, D) uint8, scale (T,) = max |x| ÷ 127, NaN for a row that is not finite."""
         rounded, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
         self._call("to_bytes", x, rounded, scale, *x.shape)
         return rounded, scale
@@ -148,7 +154,8 @@ class Kernels:
 
     def _call(self, name: str, first: Tensor, *rest: Any, before: int | None = None) -> None:
         arguments = [_address(value) if isinstance(value, Tensor) else value for value in (first, *rest)]
-        self._functions[name, first.dtype](*([] if before is None else [before]), *arguments)
+        if self._functions[name, first.dtype](*([] if before is None else [before]), *arguments):
+            raise MemoryError(f"kernel {name}: no memory for a row of each thread")
 
 
 def _address(tensor: Tensor) -> int:
@@ -167,13 +174,13 @@ def find_kernels() -> Kernels:
     flags = (*_FLAGS, "-mprefer-vector-width=512") if "avx512f" in _processor() else _FLAGS
     parts = (SOURCE.read_text(encoding="utf-8"), " ".join(flags), _version(compiler), _processor(), platform.machine())
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = cache_folder() / "kernels"
+    folder = cache_folder() / f"kernels-{os.getuid()}"  # each user's own: a cache may be shared
     file = folder / f"kernels-{key}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid != os.getuid():
-            raise NoKernels(f"{folder} belongs to somebody else, who could put another library there")
-        if not file.exists():
+        if (state := folder.stat()).st_uid != os.getuid() or state.st_mode & 0o022:
+            raise NoKernels(f"somebody else may write into {folder}, and could put another library there: chmod 700 it, or remove it")
+        if not _is_whole(file):
             _compile(compiler, flags, file)
         return _checked(_load(file, key))
     except (OSError, AttributeError, subprocess.SubprocessError) as problem:
@@ -181,7 +188,7 @@ def find_kernels() -> Kernels:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> None:
-    """Written aside and renamed. Not linked with an OpenMP library: torch's own is used (`_load`)."""
+    """Kept with its SHA-256 beside it. Not linked with an OpenMP library: torch's own is used (`_load`)."""
     with tempfile.TemporaryDirectory(dir=file.parent) as aside:
         made = Path(aside) / "kernels.o"
         for command in (
@@ -191,7 +198,15 @@ def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
             if done.returncode:
                 raise NoKernels(f"{compiler} cannot compile them: {done.stderr.strip()[-300:]}")
-        os.replace(made.with_suffix(".so"), file)
+        library = made.with_suffix(".so").read_bytes()
+    write_whole(file, library)
+    write_whole(file.with_suffix(".sha256"), hashlib.sha256(library).hexdigest().encode())
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the library is as it was compiled: one that a crash cut short would end the process that loads it."""
+    kept = file.with_suffix(".sha256")
+    return file.exists() and kept.exists() and hash_file(file) == kept.read_text(encoding="ascii", errors="replace")
 
 
 def _load(file: Path, key: str) -> Kernels:
@@ -210,7 +225,8 @@ def _openmp() -> list[str]:
 
 
 def _checked(kernels: Kernels) -> Kernels:
-    """One function against torch, so that a compiler's fault does not come into a training. The modules that use the others prove them (fused.py)."""
+    """One function against torch, so that a compiler's fault does not come into a training. The modules that use the others prove their way onward
+    (fused.py); the ways back are compared in the tests only."""
     x = torch.linspace(-30, 30, 4096).view(4, 1024)
     found = torch.full((4,), -torch.inf)
     kernels.join_logits(x, x[:, 0].contiguous(), found, torch.empty(1024))

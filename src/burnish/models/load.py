@@ -180,6 +180,11 @@ def context_window(name: str) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def layer_count(name: str) -> int:
+    """How many decoder layers the model has, by its config."""
+    return int(_config(Path(find_model(name))).get_text_config().num_hidden_layers)
+
+
 @cache
 def _hash_of_state(file: Path, size: int, changed: int) -> str:
     """SHA-256 of a file, read once for each state it is found in (0.5 GB take half a second)."""

@@ -5,12 +5,16 @@
     train     fine-tune; keep the checkpoint with the best validation loss                    train
     evaluate  the fine-tuned model answers the same test rows                                 evaluate
     compare   scores with intervals, paired tests, one verdict                                compare
+    retain    what the tuned model has forgotten, where the recipe's `retain` asks                      retain
     report    one HTML page and one JSON file                                                 report
 
 Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
 so a run that was cut off goes on where it stopped.
 
     steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
+    estimate.py what a run will cost
+    curve.py    how much more data would bring          value.py    which rows help or hurt
+    retention.py, repair.py    retain
     judge.py    a language model compares the answers
 """
 
@@ -23,10 +27,14 @@ from burnish.evaluation import CANDIDATES
 from burnish.models import load_chat
 from burnish.pipeline.bases import decide_bases
 from burnish.pipeline.chain import train
+from burnish.pipeline.curve import CurvePlan, curve
 from burnish.pipeline.decide import Wish, decide
+from burnish.pipeline.estimate import estimate
 from burnish.pipeline.judge import judge
+from burnish.pipeline.retention import RetainOptions, gate_of, retain
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
+from burnish.pipeline.value import ValuePlan, value
 from burnish.recipe import Recipe, build_recipe, load_recipe
 from burnish.run import Run
 from burnish.training import Aim, read_trials, refuse_unchangeable
@@ -40,18 +48,28 @@ DEMO = {
 }
 
 
-def run_recipe(recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, tell: Tell = silent) -> Run:
-    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError."""
+def run_recipe(
+    recipe: Recipe | str | Path, *, folder: str | Path | None = None, fresh: bool = False, forecast: bool = False, tell: Tell = silent
+) -> Run:
+    """Do everything. Returns the run; its verdict is in `run.comparison_file`. Raises BurnishError.
+
+    `forecast`: foretell what it costs before the first baseline, where that is not done yet; the report then compares it with the facts.
+    """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with Run.working(folder or Path("runs") / recipe.name, recipe, fresh=fresh) as job:
         job.note(versions=versions(), machine=machine())
         chat = load_chat(recipe.model, tell)
         dataset = prepare(job, chat=chat, tell=tell)
+        if forecast and not job.estimate_file.exists():
+            here = estimate(job, chat=chat, tell=tell).here
+            tell("forecast", 0, 0, f"{here.total_seconds / 60:.1f} minutes, {here.memory['total'] / 1e9:.1f} GB")
         evaluate(job, trained=False, dataset=dataset, chat=chat, tell=tell)
         if any(CANDIDATES[name].trained for name in job.recipe().evaluation.candidates):
             train(job, dataset=dataset, chat=chat, tell=tell)
             evaluate(job, trained=True, dataset=dataset, chat=chat, tell=tell)
         compare(job, tell=tell)
+        if recipe.retain.given and job.training_file.exists():
+            retain(job, dataset=dataset, chat=chat, tell=tell)
         write_report(job, tell=tell)
     return job
 
@@ -63,6 +81,7 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "Wish", "assist", "check", "compare", "dataset_of", "decide", "decide_bases", "demo_recipe", "evaluate", "judge", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "run_recipe", "sweep", "task_of", "train",
-    "versions", "write_report",
+    "DEMO", "Aim", "CurvePlan", "RetainOptions", "ValuePlan", "Wish", "assist", "check", "compare", "curve", "dataset_of", "decide",
+    "decide_bases", "demo_recipe", "estimate", "evaluate", "gate_of", "judge", "machine", "merge", "prepare", "read_trials",
+    "refuse_unchangeable", "retain", "run_recipe", "sweep", "task_of", "train", "value", "versions", "write_report",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from burnish.models import (
     Merged,
     base_state,
     context_window,
+    licence_of,
     load_chat,
     merge_adapter,
     resolve_device,
@@ -30,7 +31,7 @@ from burnish.models import (
     weights_hash,
 )
 from burnish.recipe import Recipe
-from burnish.run import Run, hash_file, hash_of
+from burnish.run import Run, hash_file, hash_of, write_whole
 from burnish.tasks import Task, detect_task, find_metric, task_for, verify_checks
 from burnish.training import BASE, Start
 from burnish.types import Dataset, Tell, silent
@@ -75,6 +76,7 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
             job.write_jsonl(job.split_file(split), [data_room.example_to_row(example) for example in getattr(dataset, split)])
             dataset.manifest["splits"][split]["file_sha256"] = hash_file(job.split_file(split))
         job.write_json(job.manifest_file, dataset.manifest)
+        job.note(base_license=licence_of(recipe.model.name))  # for the model card, which is written without a model
         entry["asked"] = asked
         entry["rows"] = {split: len(getattr(dataset, split)) for split in dataset.manifest["splits"]}
     counts = " · ".join(f"{split} {len(getattr(dataset, split))}" for split in dataset.manifest["splits"])
@@ -231,7 +233,10 @@ def merge(job: Run, output: Path, *, tell: Tell = silent) -> Merged:
     rows = dataset.validation or dataset.train
     probe = [tokens.input_ids for example in rows[:PROBE_ROWS] for tokens in tokens_of(chat, example, recipe)]
     job.event("merge_started", output=str(output))
-    return merge_adapter(recipe, job.adapter_folder, chat, output, probe, tell)
+    merged = merge_adapter(recipe, job.adapter_folder, chat, output, probe, tell)
+    if job.comparison_file.exists() and (card := report.model_card(job, report.gather(job), merged=True)) is not None:
+        write_whole(output / "README.md", card.encode())
+    return merged
 
 
 def write_report(job: Run, *, tell: Tell = silent) -> Path:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from burnish.errors import Problem, RecipeError
-from burnish.recipe.checks import CHECK_NAMES, CheckSection, files_of, path_holders
+from burnish.recipe.checks import CHECK_NAMES, CheckSection, path_holders
 from burnish.recipe.knobs import (
     MAX_LEAVES,
     Auto,
@@ -29,6 +29,7 @@ from burnish.recipe.knobs import (
     LoraSection,
     ModelSection,
     Recipe,
+    RetainSection,
     StageSection,
     TaskSection,
     TrainingSection,
@@ -234,6 +235,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
     evaluation = content.get("evaluation")
     checked = path_holders(evaluation.get("checks")) if isinstance(evaluation, dict) else []
     holders += checked
+    retain = content.get("retain")
+    if isinstance(retain, dict) and isinstance(retain.get("suites"), list):
+        retain["suites"] = [_anchored_suite(name, folder) for name in retain["suites"]]
     task = content.get("task")
     if isinstance(task, dict) and ".py:" in str(task.get("metric")):
         holders.append((task, "metric"))
@@ -254,6 +258,13 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
             or (anchored.exists() and "/" in value)
         ):
             holder[key] = str(Path(anchored).resolve()) if not value.startswith("~") else str(Path(value).expanduser())
+
+
+def _anchored_suite(name: Any, folder: Path) -> Any:
+    """A file or folder of suites as an absolute path; the names that are no paths as they are."""
+    if not isinstance(name, str) or not name or name == "embedded" or name.startswith("lm-eval:"):
+        return name
+    return str((folder / Path(name).expanduser()).resolve())
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -336,6 +347,8 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
 
 
 __all__ = [
-    "CHECK_NAMES", "MAX_LEAVES", "PEERS_NAMES", "Auto", "CheckSection", "DataSection", "EndpointSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe",
-    "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "files_of", "leaves", "load_recipe", "parse_value", "schema", "stage_recipes",
+    "CHECK_NAMES", "MAX_LEAVES", "PEERS_NAMES", "Auto", "CheckSection", "DataSection", "EndpointSection", "EngineSection",
+    "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe", "RetainSection", "StageSection", "TaskSection",
+    "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "leaves", "load_recipe", "parse_value", "schema",
+    "stage_recipes",
 ]  # fmt: skip

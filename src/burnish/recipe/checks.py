@@ -19,7 +19,6 @@ What each one measures stands in `tasks/checks.py`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
@@ -107,17 +106,6 @@ def path_holders(checks: Any) -> list[tuple[dict[str, Any], str]]:
             elif name in _PATHS_WITHIN and isinstance(settings, dict):
                 holders.append((settings, _PATHS_WITHIN[name]))
     return holders
-
-
-def files_of(checks: list[CheckSection] | None) -> list[Path]:
-    """The files that the checks read."""
-    found: list[str | None] = []
-    for check in checks or ():
-        if check.name in _PATHS:
-            found.append(check.settings)
-        elif check.name in _PATHS_WITHIN:
-            found.append(getattr(check.settings, _PATHS_WITHIN[check.name]))
-    return [Path(name) for name in found if name is not None]
 
 
 def _written(field: str) -> str:

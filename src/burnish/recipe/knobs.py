@@ -265,6 +265,26 @@ class EvaluationSection(_Section):
         return self
 
 
+class RetainSection(_Section):
+    """What must not be forgotten. `burnish run` measures it where one of these keys is given; `burnish retain RUN` always does."""
+
+    suites: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="`embedded`, files or folders of suites or of your own must-still-work prompts, `lm-eval:TASK` (extra `harness`); none: the embedded ones",
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="what may be lost, as a fraction: 0.02 is 2 points, or 2 % more bits; exit code 3 where more was lost even at the better end of the interval, 4 where it can't tell; none: no gate",
+    )
+
+    @property
+    def given(self) -> bool:
+        return self.suites is not None or self.max_drop is not None
+
+
 class Recipe(_Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="the run's folder is ./runs/NAME")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the split, the order, the adapter's start and the resampling")
@@ -278,6 +298,7 @@ class Recipe(_Section):
         None, description="a chain, each stage with its own data, method and budget, continuing from the one before; none: one training"
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="the proof")  # type: ignore[arg-type]
+    retain: RetainSection = Field(default_factory=RetainSection, description="what must not be forgotten")  # type: ignore[arg-type]
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:

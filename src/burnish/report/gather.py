@@ -8,6 +8,9 @@ from typing import Any
 from burnish.errors import DataError
 from burnish.recipe import dump_recipe
 from burnish.report.consistency import consistency_facts, judge_facts
+from burnish.report.curve import curve_facts
+from burnish.report.forecast import forecast_facts
+from burnish.report.pareto import retain_facts
 from burnish.report.texts import encodable, is_number
 from burnish.run import Run, hash_of
 
@@ -110,6 +113,9 @@ def gather(run: Run) -> dict[str, Any]:
             "decision": run.read_json(run.decision_file) if run.decision_file.exists() else None,
             "training": _training(run),
             "stages": _stages(run),
+            "forecast": forecast_facts(run),
+            "curve": curve_facts(run),
+            "retain": retain_facts(run),
             "consistency": consistency_facts(comparison),
             "judge": judge_facts(run),
             "rows": _rows(comparison, subject, against, percent),

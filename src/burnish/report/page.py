@@ -12,8 +12,11 @@ from markupsafe import Markup
 from burnish.report import texts
 from burnish.report.chain import rate_figure, stages_figure
 from burnish.report.consistency import consistency_charts
+from burnish.report.curve import curve_figure
 from burnish.report.decision import decision_view
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
+from burnish.report.forecast import forecast_figure
+from burnish.report.pareto import retain_figures
 
 LONG_TEXT, LONGEST_TEXT = 400, 20_000  # characters: folded from here, cut from there
 FIRST_FIELDS, FIRST_CARDS = 15, 4  # shown unfolded: rows of the per-field table, rows of answers of one kind
@@ -115,7 +118,10 @@ def _charts(facts: dict[str, Any]) -> dict[str, Markup]:
             "rate": rate_figure(facts["training"]["range_test"], width=width)
             if facts["training"] and facts["training"]["range_test"] and facts["training"]["range_test"]["points"]
             else None,
+            "curve": curve_figure(facts["curve"], width=width) if facts["curve"] else None,
             "stages": stages_figure(facts["stages"], width=width) if facts["stages"] and facts["stages"]["states"] else None,
+            "forecast": forecast_figure(facts["forecast"], width=width) if facts["forecast"] else None,
+            **retain_figures(facts["retain"], width=width),
         }
         for name, chart in drawn.items():
             if chart is not None:

@@ -25,10 +25,13 @@ from burnish.training.fingerprint import fingerprint_of, refuse_unchangeable
 from burnish.training.interrupt import asked_to_stop
 from burnish.training.items import make_items, with_references
 from burnish.training.loop import run_loop
-from burnish.training.measure import MemoryParts, StepTimes, time_steps
+from burnish.training.loss import head_bytes
+from burnish.training.measure import Shape, StepTimes, time_steps
+from burnish.training.memory import MemoryParts, free_bytes_of
 from burnish.training.metrics import Metrics
 from burnish.training.objective import Objective, make_objective
-from burnish.training.progress import Batching, Hooks, Progress
+from burnish.training.per_row import RowLosses, gradient_cosines, row_losses, train_items, validation_items
+from burnish.training.progress import Batching, Hooks, Progress, planned_steps
 from burnish.training.proof import prove
 from burnish.training.rate import RangeTest, range_test
 from burnish.training.ready import equip, order_of, rows_of, start_state, tokens_key
@@ -45,8 +48,8 @@ from burnish.training.stages import (
     measure_losses,
     start_model,
 )
-from burnish.training.sweep import Aim, Space, best_of, changed, default_space, parse_space, read_trials, sweep
-from burnish.training.trial import trial_runner
+from burnish.training.sweep import Aim, Pruned, Space, best_of, changed, default_space, parse_space, read_trials, sweep
+from burnish.training.trial import ShortTrainings, Trained, trial_runner
 from burnish.types import Dataset, Example, Tell, Tokens, silent
 
 
@@ -277,7 +280,9 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 __all__ = [
-    "BASE", "MEASURED_ROWS", "Aim", "MemoryParts", "RangeTest", "Space", "Start", "StepTimes", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn",
-    "forget_checkpoints", "judge_gate", "load_state", "measure_losses", "parse_space", "range_test", "read_trials", "refuse_unchangeable", "several_processes", "start_model", "sweep", "time_steps",
-    "tokenize_all", "train", "trial_runner",
+    "BASE", "MEASURED_ROWS", "Aim", "MemoryParts", "Pruned", "RangeTest", "RowLosses", "Shape", "ShortTrainings", "Space", "Start", "StepTimes",
+    "Trained", "adopt", "assist", "best_of", "carries_on", "changed", "default_space", "dismiss", "drawn", "forget_checkpoints", "free_bytes_of",
+    "gradient_cosines", "head_bytes", "judge_gate", "load_state", "measure_losses", "parse_space", "peak_memory_bytes", "planned_steps", "range_test",
+    "read_trials", "refuse_unchangeable", "row_losses", "several_processes", "start_model", "sweep", "time_steps", "tokenize_all", "train",
+    "train_items", "trial_runner", "validation_items",
 ]  # fmt: skip

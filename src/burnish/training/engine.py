@@ -9,7 +9,18 @@ from typing import Any
 import torch
 
 from burnish.errors import RecipeError
-from burnish.models import IGNORED, Kernels, NoKernels, attend_by_segment, find_kernels, fuse, fuse_attention, pack_base
+from burnish.models import (
+    IGNORED,
+    Kernels,
+    NoKernels,
+    attend_by_segment,
+    find_kernels,
+    fuse,
+    fuse_attention,
+    pack_base,
+    watch_calls,
+    windows_reach,
+)
 from burnish.recipe import Recipe
 from burnish.training.loss import summed_loss
 from burnish.training.pack import Paths, flatten
@@ -35,11 +46,11 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
             )
         packed, looked_at = pack_base(model, lambda: _loss(model, list(pair), Paths()), kernels)
         tell("8-bit products", 0, 0, f"of {packed} of {looked_at} frozen layers, those within 2.5 % on two rows: faster, not exact")
-    if engine.fused_layers:
-        fuse(model, kernels)
+    if engine.fused_layers and not any(fuse(model, kernels).values()):
+        tell("fused layers", 0, 0, "none of this model's norms, MLPs and adapters is of a kind that is fused: slower, and as exact")
     by_segment = engine.document_attention and attend_by_segment(model) and _segments_hold(model, pair)
-    if by_segment and engine.fused_layers and kernels is not None:
-        fuse_attention(model, kernels, lambda: _loss(model, [pair[0], pair[1], pair[0]], Paths(by_segment=True, share=True)))
+    if by_segment and engine.fused_layers and kernels is not None and not _attention_fused(model, kernels, pair):
+        tell("attention", 0, 0, "this model's attention is not of a kind that is fused: slower, and as exact")
     if engine.document_attention and not by_segment:
         tell("attention", 0, 0, "this model's attention does not follow segments: packed sequences get a dense mask, which is slower")
     packed = by_segment or keeps_sequences_apart(model, pair)
@@ -50,6 +61,10 @@ def make_ready(model: Any, sequences: Sequence[Tokens], recipe: Recipe, *, steps
     if wanted and not compile_layers(model):
         tell("compile", 0, 0, f"{type(model).__name__} has no layers of a kind that is compiled alone: nothing was compiled")
     return Paths(by_segment, by_segment and engine.shared_prefixes, engine.blocked_head, packed, kernels=kernels)
+
+
+def _attention_fused(model: Any, kernels: Kernels, pair: tuple[Tokens, Tokens]) -> int:
+    return fuse_attention(model, kernels, lambda: _loss(model, [pair[0], pair[1], pair[0]], Paths(by_segment=True, share=True)))
 
 
 def _kernels(model: Any, recipe: Recipe, tell: Tell) -> Kernels | None:
@@ -83,10 +98,14 @@ def keeps_sequences_apart(model: Any, sequences: Sequence[Tokens]) -> bool:
 
 
 def _segments_hold(model: Any, pair: tuple[Tokens, Tokens]) -> bool:
-    """Whether two sequences by segments, one of them twice so that all of it is shared, have the losses that each has alone."""
+    """Whether two sequences by segments, one of them twice so that all of it is shared, have the losses that each has alone; and whether every
+    sliding window, which so few tokens do not reach, is told to the attention."""
     first, second = pair
     try:
-        together = _loss(model, [first, second, first], Paths(by_segment=True, share=True))
+        with watch_calls() as calls:
+            together = _loss(model, [first, second, first], Paths(by_segment=True, share=True))
+        if not windows_reach(model.config, calls):
+            return False
     except (NotImplementedError, TypeError, ValueError, RuntimeError):
         return False
     alone = [_loss(model, [tokens], Paths()) for tokens in pair]

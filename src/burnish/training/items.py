@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Items:
     validation: Sequence[Any]
     dataset: Dataset
     rows: tuple[Any, Any]  # arrays of int: the row that each item of train, of replay was made from
+    validation_rows: Any = ()  # the same of validation
 
     @property
     def mixed(self) -> Sequence[Any]:
@@ -83,7 +84,14 @@ def make_items(
     for store in (train[0], replay[0], validation[0]):
         if isinstance(store, TokenStore):
             store.offset, offset = offset, offset + int(store.lengths.sum())
-    return Items(train[0], replay[0], validation[0], dataset, (train[1], replay[1]))
+    return Items(train[0], replay[0], validation[0], dataset, (train[1], replay[1]), validation[1])
+
+
+def only_rows(items: Items, rows: Collection[int]) -> Items:
+    """The items of some training rows (places in dataset.train), in their old order; validation and replayed ones stay."""
+    chosen = set(rows)
+    kept = [index for index, row in enumerate(items.rows[0]) if int(row) in chosen]
+    return replace(items, train=[items.train[index] for index in kept], rows=([int(items.rows[0][index]) for index in kept], items.rows[1]))
 
 
 def _lengths(items: Sequence[Any], objective: Objective) -> Sequence[int]:

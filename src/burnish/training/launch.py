@@ -67,7 +67,7 @@ def _start(command: Sequence[str], rank: int, processes: int, port: int) -> _Pro
 
 
 def _watch(processes: list[_Process], least_seconds: float, stop: Callable[[], int | None]) -> int:
-    code, told, deadline = 0, False, float("inf")
+    first, told, deadline = None, False, float("inf")
     with selectors.DefaultSelector() as selector:
         for process in processes:
             selector.register(process.pipe, selectors.EVENT_READ, process)
@@ -80,18 +80,16 @@ def _watch(processes: list[_Process], least_seconds: float, stop: Callable[[], i
                 told, deadline = True, time.monotonic() + _GRACE_SECONDS + 2 * _usual_step(processes)
                 _tell(running, signal.SIGTERM)
             elif failed is not None and not told:
-                # The others wait for it in vain.
+                # The others wait for it in vain, and end by our signal: theirs is not the code that says what happened.
+                first = failed
                 told, deadline = True, time.monotonic() + _GRACE_SECONDS / 10
                 _tell(running, signal.SIGTERM)
             if time.monotonic() > deadline:
                 _tell(running, signal.SIGKILL)
             if not told:
                 _refuse_hanging(running, least_seconds)
-    for process in processes:
-        returned = process.child.returncode
-        if returned and not code:
-            code = returned if returned > 0 else 128 - returned
-    return code
+    code = next((p.child.returncode for p in ([first] if first is not None else processes) if p.child.returncode), 0)
+    return code if code >= 0 else 128 - code
 
 
 def _read(process: _Process) -> bool:

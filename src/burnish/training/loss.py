@@ -68,25 +68,26 @@ class _HeadLoss(torch.autograd.Function):
     def forward(context: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, kernels: Kernels | None) -> Tensor:
         if kernels is not None and not (softcap is None and kernels.takes(hidden, weight)):
             kernels = None
-        wanted, log_sums, highest = _log_sum_exp(hidden, weight, targets, softcap, kernels)
-        context.save_for_backward(hidden, weight, targets, log_sums, highest)
+        losses, log_sums, highest = _log_sum_exp(hidden, weight, targets, softcap, kernels)
+        context.save_for_backward(hidden, weight, targets, log_sums, highest, losses)
         context.softcap, context.kernels = softcap, kernels
-        return log_sums - wanted
+        return losses
 
     @staticmethod
     def backward(context: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_sums, highest = context.saved_tensors
+        hidden, weight, targets, log_sums, highest, losses = context.saved_tensors
         by_row = outputs[0].float().contiguous()[:, None]  # (N, 1); of a sum, it comes as one number for all rows
         if context.needs_input_grad[1]:
             return (*_dense_gradients(hidden, weight, targets, log_sums, by_row, context.softcap), None, None, None)
-        gradient = _sparse_gradient(hidden, weight, targets, log_sums, highest, by_row, context.softcap, context.kernels)
+        share = torch.exp(-losses)  # the target's probability
+        gradient = _sparse_gradient(hidden, weight, targets, log_sums, highest, by_row, context.softcap, context.kernels, share)
         return gradient, None, None, None, None
 
 
 def _log_sum_exp(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, kernels: Kernels | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) logit of each target, (N,) log Σ exp of each row, (V,) an upper bound of each word's probability over the rows."""
+    """(N,) −log p of each target, (N,) log Σ exp of each row, (V,) an upper bound of each word's probability over the rows."""
     if kernels is not None:
         return _log_sum_exp_by_kernel(hidden, weight, targets, kernels)
     rows, words = hidden.shape[0], weight.shape[0]
@@ -101,27 +102,35 @@ def _log_sum_exp(
         powers = logits.sub_(reference).exp_()
         torch.amax(powers, 0, out=highest[start:stop])
         log_sums = reference + torch.log(torch.exp(log_sums - reference) + powers.sum(1, keepdim=True))
-    return wanted, log_sums[:, 0], highest
+    return log_sums[:, 0] - wanted, log_sums[:, 0], highest
 
 
 def _log_sum_exp_by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one pass over each block of logits, in the compute type as the product leaves them."""
+    """The same in one pass over each block of logits, in the compute type as the product leaves them.
+
+    The target's own logit is taken in float32, in the sum as in the loss: with one of them rounded, the rows that a model is sure of would have losses
+    of either sign.
+    """
     rows, words = hidden.shape[0], weight.shape[0]
-    # The target's own logit, in float32: the product's rounding of it is left out of the loss.
-    wanted = torch.linalg.vecdot(hidden.float(), weight[targets].float())
+    wanted, rounded = torch.linalg.vecdot(hidden.float(), weight[targets].float()), torch.empty(rows)
     log_sums, highest = torch.full((rows,), -torch.inf), torch.empty(words)
     width = min(_block_width(hidden), words)
     buffer = hidden.new_empty(rows * width)
     for start in range(0, words, width):
         stop = min(start + width, words)
         logits = torch.mm(hidden, weight[start:stop].T, out=buffer[: rows * (stop - start)].view(rows, stop - start))
+        inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
+        rounded[inside] = logits[inside, targets[inside] - start].float()
         kernels.join_logits(logits, wanted, log_sums, highest[start:stop])
-    return wanted, log_sums, highest
+    # log Σ of all words but the target = log_sums + log(1 − exp(rounded − log_sums)); then the target joins again.
+    others = log_sums + torch.log(-torch.expm1((rounded - log_sums).clamp_max(0.0)))
+    losses = F.softplus(others - wanted)
+    return losses, wanted + losses, highest
 
 
 def _sparse_gradient(
     hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, highest: Tensor, by_row: Tensor, softcap: float | None,
-    kernels: Kernels | None = None,
+    kernels: Kernels | None, share: Tensor,
 ) -> Tensor:  # fmt: skip
     """d loss / d hidden (N, D): Σ_words p · w − w_target, for each row times `by_row`."""
     likely = highest > _LEAST_PROBABILITY.get(hidden.dtype, 0.0)
@@ -135,7 +144,7 @@ def _sparse_gradient(
         some = weight[chosen[start : start + width]]  # (C', D)
         if kernels is not None:
             slope = torch.mm(hidden, some.T)
-            kernels.logit_slopes(slope, log_sums, by_row, missing, place, start)
+            kernels.logit_slopes(slope, log_sums, by_row, share, missing, place, start)
             gradient += torch.mm(slope, some)
             continue
         raw = torch.mm(hidden, some.T).float()

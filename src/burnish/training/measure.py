@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from burnish.models import Chat, trainable_parameters
 from burnish.recipe import Recipe, TrainingSection
 from burnish.training.items import Items, make_items
-from burnish.training.loss import head_bytes
-from burnish.training.memory import Plan
+from burnish.training.memory import MemoryParts, Plan, memory_parts
 from burnish.training.objective import Objective, make_objective
 from burnish.training.pack import row_length
 from burnish.training.preference import Pair
@@ -38,27 +36,21 @@ from burnish.types import Dataset, Tell, silent
 TIMED_STEPS = 5
 _SIZED_STEPS = 512  # steps of an epoch whose rows are laid out to know their lengths; evenly spread where there are more
 _TINY_RATE = 1e-9  # AdamW's arithmetic costs the same at any rate; this one keeps the steps alike
-_FLOAT32 = 4
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryParts:
-    """Bytes that a training holds, each counted by itself. `largest_tokens`: the longest row that is computed at once."""
+class Shape:
+    """What a formula needs to know of a model and its longest micro-batch, where nothing can be measured."""
 
-    weights: int  # of the base, in the compute type
-    adapter: int  # the trained weights in the compute type; 0 where they are the base's own (method full)
-    gradients: int  # float32, of the trained weights
-    optimizer: int  # float32 masters (none where the weights are float32 themselves) and AdamW's two moments
-    activations: int  # what the way back needs of the longest row, and the layer under way
-    head: int  # blocks of logits, the bounds of each word; never the whole matrix
-    largest_tokens: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.head
-
-    def to_dict(self) -> dict[str, int]:
-        return {**asdict(self), "total": self.total}
+    parameters: int  # all, the trained ones among them
+    trained_parameters: int
+    adapter: bool  # the trained ones stand beside the base's
+    weight_bytes: int  # of one number in the compute type here
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    batch_tokens: int  # the longest micro-batch, not split
+    batch_targets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +67,7 @@ class StepTimes:
     real_tokens_per_step: float
     target_tokens_per_step: float
     spread: float  # how far timed steps lie from a straight line over their tokens, relative (root mean square)
+    forward_seconds_per_token: float  # without gradients
     validation_seconds: float  # of one pass over the validation rows
     validations: int  # passes that the recipe plans, that before the first step among them
     rate_seconds: float  # of the range test, where the learning rate is to be found
@@ -83,8 +76,7 @@ class StepTimes:
     memory: MemoryParts
     peak_bytes: int  # the largest that this process has held so far
     plan: Plan
-    trainable_parameters: int
-    total_parameters: int
+    shape: Shape
     timed: tuple[tuple[int, float], ...]  # (tokens as computed, seconds) of each timed step
 
     @property
@@ -136,8 +128,9 @@ def time_steps(
         found = _take_steps(
             model, objective, [rows[place] for place in chosen], warm_up=longest, recipe=recipe, at_once=plan.at_once, clock=clock, tell=tell
         )  # fmt: skip
-        largest, targets = _largest_row(objective, items, plan, model.device.type)
-        memory = memory_parts(model, plan, largest, targets=targets)
+        device = model.device.type
+        memory = memory_parts(model, plan, *_largest_row(objective, longest[: plan.at_once], plan.at_once, device))
+        shape = _shape(model, *_largest_row(objective, longest[: int(settings.micro_batch_size)], len(longest), "cuda"))
     count = rows_of(items, recipe)
     step, tokens = mean_step(sizes, chosen, found.seconds), sum(sizes) / len(sizes)
     forward = found.forward_seconds / found.forward_tokens
@@ -149,6 +142,7 @@ def time_steps(
         real_tokens_per_step=sum(objective.length(item) for row in rows for item in row) / len(rows),
         target_tokens_per_step=sum(s.target_tokens for row in rows for item in row for s in objective.sequences(item)) / len(rows),
         spread=straightness([sizes[place] for place in chosen], found.seconds),
+        forward_seconds_per_token=forward,
         validation_seconds=forward * sum(objective.length(item) for item in items.validation),
         validations=count_validations(count, settings) if len(items.validation) else 0,
         rate_seconds=_rate_seconds(
@@ -161,39 +155,9 @@ def time_steps(
         memory=memory,
         peak_bytes=peak_memory_bytes(),
         plan=plan,
-        trainable_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        shape=shape,
         timed=tuple((sizes[place], seconds) for place, seconds in zip(chosen, found.seconds, strict=True)),
     )
-
-
-def memory_parts(model: Any, plan: Plan, largest_tokens: int, *, targets: int) -> MemoryParts:
-    """Bytes of a model that is ready to train, part by part; `targets`: those of the longest row that is computed at once.
-
-    Gradients are added up in float32 and AdamW keeps two float32 numbers a weight, whatever the compute type (training/step.py).
-    """
-    trained = list(trainable_parameters(model).values())
-    numbers = sum(parameter.numel() for parameter in trained)
-    of_base = sum(storage_bytes([*model.parameters(), *model.buffers()]).values()) - sum(storage_bytes(trained).values())
-    own = isinstance(model, PeftModel)
-    adapter = sum(storage_bytes(trained).values())
-    masters = sum(parameter.numel() * _FLOAT32 for parameter in trained if parameter.dtype != torch.float32)
-    head = model.get_output_embeddings().weight
-    config = model.config.get_text_config()
-    return MemoryParts(
-        weights=of_base + (0 if own else adapter),
-        adapter=adapter if own else 0,
-        gradients=numbers * _FLOAT32,
-        optimizer=masters + 2 * numbers * _FLOAT32,
-        activations=int(largest_tokens * plan.bytes_per_token),
-        head=head_bytes(targets, int(config.vocab_size), int(config.hidden_size), dtype=head.dtype, device=head.device.type),
-        largest_tokens=largest_tokens,
-    )
-
-
-def storage_bytes(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Bytes of each storage once: a tied head is the embedding under a second name."""
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 # ------------------------------------------------------------------------------------------------------------------ inside
@@ -291,11 +255,25 @@ def _split(objective: Objective, items: Sequence[Any], at_once: int, device: str
     return [items[place : place + at_once] for place in range(0, len(items), at_once)]
 
 
-def _largest_row(objective: Objective, items: Items, plan: Plan, device: str) -> tuple[int, int]:
-    """(tokens, targets) of the longest row that is computed at once."""
-    longest = _known(objective, items.longest(objective, plan.at_once))
-    sequences = [tokens for item in _split(objective, longest, plan.at_once, device)[0] for tokens in objective.sequences(item)]
+def _largest_row(objective: Objective, longest: Sequence[Any], at_once: int, device: str) -> tuple[int, int]:
+    """(tokens, targets) of the longest row that is computed at once on such a device."""
+    sequences = [tokens for item in _split(objective, longest, at_once, device)[0] for tokens in objective.sequences(item)]
     return row_length(sequences, objective.paths), sum(tokens.target_tokens for tokens in sequences)
+
+
+def _shape(model: Any, batch_tokens: int, batch_targets: int) -> Shape:
+    config, trained = model.config.get_text_config(), trainable_parameters(model).values()
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in trained),
+        adapter=isinstance(model, PeftModel),
+        weight_bytes=model.dtype.itemsize,
+        layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
+        batch_tokens=batch_tokens,
+        batch_targets=batch_targets,
+    )
 
 
 def count_validations(rows: int, settings: TrainingSection) -> int:

@@ -11,14 +11,16 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from burnish.training.loss import target_rows
+from burnish.models import trainable_parameters
+from burnish.training.loss import head_bytes, target_rows
 from burnish.training.pack import Paths, flatten
 from burnish.types import Tell, Tokens, silent
 
@@ -29,6 +31,7 @@ _TRANSIENT_LAYERS = 3.0
 _DRY_TOKENS = 256
 _HEAD_BYTES = 64 << 20  # the head's blocks (training/loss.py)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_FLOAT32 = 4  # bytes
 _TRAINED_BYTES = 16  # of one trained weight, in float32: the master, its gradient, AdamW's two
 
 
@@ -40,6 +43,26 @@ class Plan:
     needed_bytes: int  # beyond what is already held, by this plan
     free_bytes: int
     bytes_per_token: float = 0.0  # what the backward pass keeps, and what stands beside it while a layer is on its way back
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryParts:
+    """Bytes that a training holds, each counted by itself. `largest_tokens`: the longest row that is computed at once."""
+
+    weights: int  # of the base, in the compute type
+    adapter: int  # the trained weights in the compute type; 0 where they are the base's own (method full)
+    gradients: int  # float32, of the trained weights
+    optimizer: int  # float32 masters (none where the weights are float32 themselves) and AdamW's two moments
+    activations: int  # what the way back needs of the longest row, and the layer under way
+    head: int  # blocks of logits, the bounds of each word; never the whole matrix
+    largest_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.head
+
+    def to_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
 
 
 def plan_memory(
@@ -104,6 +127,35 @@ def kept_bytes_per_token(model: Any, tokens: Tokens, paths: Paths) -> float:
     del rows
     model.train(was_training)
     return sum(kept.values()) / len(tokens.input_ids)
+
+
+def memory_parts(model: Any, plan: Plan, largest_tokens: int, targets: int) -> MemoryParts:
+    """Bytes of a model that is ready to train, part by part; `targets`: those of the longest row that is computed at once.
+
+    Gradients are added up in float32 and AdamW keeps two float32 numbers a weight, whatever the compute type (training/step.py).
+    """
+    trained = list(trainable_parameters(model).values())
+    numbers = sum(parameter.numel() for parameter in trained)
+    of_base = sum(storage_bytes([*model.parameters(), *model.buffers()]).values()) - sum(storage_bytes(trained).values())
+    own = isinstance(model, PeftModel)
+    adapter = sum(storage_bytes(trained).values())
+    masters = sum(parameter.numel() * _FLOAT32 for parameter in trained if parameter.dtype != torch.float32)
+    head = model.get_output_embeddings().weight
+    config = model.config.get_text_config()
+    return MemoryParts(
+        weights=of_base + (0 if own else adapter),
+        adapter=adapter if own else 0,
+        gradients=numbers * _FLOAT32,
+        optimizer=masters + 2 * numbers * _FLOAT32,
+        activations=int(largest_tokens * plan.bytes_per_token),
+        head=head_bytes(targets, int(config.vocab_size), int(config.hidden_size), dtype=head.dtype, device=head.device.type),
+        largest_tokens=largest_tokens,
+    )
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Bytes of each storage once: a tied head is the embedding under a second name."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def switch_checkpointing(model: Any) -> bool:

@@ -45,7 +45,9 @@ def items_at_once(objective: Objective, items: Sequence[Any], at_once: int, devi
     """How many of a step's items `backward` computes in one row."""
     if device != "cpu":
         return at_once
-    return min(at_once, -(-len(items) // _parts([tokens for item in items for tokens in objective.sequences(item)], objective.paths)))
+    return max(
+        1, min(at_once, -(-len(items) // _parts([tokens for item in items for tokens in objective.sequences(item)], objective.paths)))
+    )
 
 
 def _parts(sequences: Sequence[Tokens], paths: Paths) -> int:
@@ -148,10 +150,8 @@ def load_tensors(state: State, masters: Mapping[str, Tensor], optimizer: torch.o
         for name, master in masters.items():
             master.copy_(state.weights[name])
             if remembered := state.optimizer.get(name):
-                # `step` is counted on the CPU, whatever the device of the weight.
-                optimizer.state[master] = {
-                    key: t.clone() if t.dim() == 0 else t.to(master.device, copy=True) for key, t in remembered.items()
-                }
+                # A fused AdamW counts `step` where the weight is, as torch's own load_state_dict has it.
+                optimizer.state[master] = {key: t.to(master.device, copy=True) for key, t in remembered.items()}
     torch.set_rng_state(state.random["torch"])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
