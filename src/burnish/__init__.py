@@ -28,6 +28,7 @@ _PLACES = {
     "write_report": "burnish.pipeline",
     "run_recipe": "burnish.pipeline",
     "estimate": "burnish.pipeline",
+    "judge": "burnish.pipeline",
     "sweep": "burnish.pipeline",
     "retain": "burnish.pipeline",
     "BurnishError": "burnish.errors",

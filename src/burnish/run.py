@@ -7,7 +7,7 @@
     ├── events.jsonl           what happened, in order
     ├── lock                   held by the process that works here
     ├── data/                  train.jsonl validation.jsonl test.jsonl manifest.json (replay.jsonl, where rows are replayed)
-    ├── candidates/            selection.json, one predictions file per candidate
+    ├── candidates/            selection.json, one predictions file per candidate (and NAME.samples.jsonl, where several answers are drawn)
     ├── endpoints/             NAME.jsonl: every answer of an endpoint by the hash of its request, and what it cost
     ├── training/              metrics.jsonl, summary.json (rate.json, where a range test found the learning rate; reference.json of preferences), tokens/
     ├── checkpoints/           while training: step-N/ to go on from, best-N/ the best weights so far; gone once the training is done
@@ -16,6 +16,7 @@
     ├── adapter/               the best checkpoint, in PEFT's format, with its template and manifest
     ├── estimate.json          of `burnish estimate`: what the run will cost, foretold before it trains
     ├── comparison.json        scores, intervals, verdict
+    ├── judge.json             of `burnish judge`: what a language model said of the answers, pair by pair
     ├── decision.json decision.html    of `burnish decide`: what to do, why, and everything that was weighed
     ├── probe.json probe/      how long a short training may be here; a run of its own that tries it
     ├── bases.json bases/NAME/ of `decide --bases`: a run of its own for each base model
@@ -62,6 +63,9 @@ STEPS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 
+# Keys that may change at any time: they judge what was answered, and nothing is trained or answered by them.
+FREE_KEYS = ("evaluation.checks",)
+
 
 class Run:
     """A run's folder. Every step reads from it and writes into it."""
@@ -100,8 +104,15 @@ class Run:
     def predictions_file(self, candidate: str) -> Path:
         return self.path / "candidates" / f"{candidate}.jsonl"
 
+    def samples_file(self, candidate: str) -> Path:
+        return self.path / "candidates" / f"{candidate}.samples.jsonl"
+
     def endpoint_file(self, name: str) -> Path:
         return self.path / "endpoints" / f"{name}.jsonl"
+
+    @property
+    def judge_file(self) -> Path:
+        return self.path / "judge.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -274,7 +285,7 @@ class Run:
     @contextmanager
     def working(cls, path: str | Path, recipe: Recipe, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> Iterator[Run]:
         """Open or start the run for this recipe and hold its lock. A folder of another recipe is refused with the keys that differ,
-        except those that `allow_change` names (a key, or a section): they are taken over, and an event says so."""
+        except FREE_KEYS and those that `allow_change` names (a key, or a section): they are taken over, and an event says so."""
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RecipeError(f"{run.path} is a file; a run is a folder: choose another place with --run")
@@ -296,7 +307,7 @@ class Run:
 
     def _refuse_another(self, recipe: Recipe, allow_change: Sequence[str]) -> None:
         changed = differences(load_recipe(self.recipe_file), recipe)
-        if changed and all(is_allowed(key, allow_change) for key in changed):
+        if changed and all(is_allowed(key, (*FREE_KEYS, *allow_change)) for key in changed):
             self.write_text(self.recipe_file, dump_recipe(recipe))
             self.event("recipe_changed", changed={key: list(pair) for key, pair in sorted(changed.items())})
         elif changed:
@@ -409,7 +420,7 @@ class Run:
         if self.status_file.exists():
             self.write_json(self.status_file, status)
         stale = {
-            "compare": (self.comparison_file,),
+            "compare": (self.comparison_file, self.judge_file),
             "retain": (self.retain_file, self.repaired_folder),
             "report": (self.report_file, self.report_json_file, self.card_file),
         }
@@ -590,7 +601,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 def _step_that_writes(path: Path) -> str:
     step = {"data": "prepare", "candidates": "evaluate", "training": "train", "adapter": "train"}.get(path.parent.name)
-    step = step or {"comparison.json": "compare", "report.json": "report"}.get(path.name, "run")
+    step = step or {"comparison.json": "compare", "report.json": "report", "judge.json": "judge"}.get(path.name, "run")
     return f"run `burnish {step}` first"
 
 

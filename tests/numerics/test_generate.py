@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.models import Chat, Limits, generate
+from burnish.models import Chat, Limits, Sampling, generate
 
 FAMILIES = ("llama", "gemma3")
 
@@ -98,3 +98,45 @@ def test_gemma_batched_equals_one_by_one(gemma: Any) -> None:
     finally:
         model.bfloat16()
     assert found[0].text.startswith("Berlin")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_follow_the_distribution(family: str, chat: Chat, tiny_models: Callable[[str], Any]) -> None:
+    """First tokens of 1,500 draws against softmax(logits / temperature) of one plain forward pass: chi-square over the likely tokens."""
+    from scipy.stats import chisquare
+
+    model, prompt, n = tiny_models(family), prompts_of(chat, "")[0], 1500
+    sampling = Sampling(0.8, list(range(n)))
+    texts = [
+        answer.text for batch in generate(model, chat, [prompt] * n, Limits(1), batch_size=300, sampling=sampling) for _, answer in batch
+    ]
+    with torch.inference_mode():
+        chances = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double() / 0.8, -1)
+    expected: dict[str, float] = {}
+    for token, chance in enumerate(chances.tolist()):
+        text = "" if token in chat.stop_ids else chat.decode([token]).strip()
+        expected[text] = expected.get(text, 0.0) + chance
+    likely = [text for text, chance in expected.items() if chance * n >= 8]
+    assert len(likely) > 5, "the tiny model is sure of its token: this test would see nothing"
+    seen = [sum(text == wanted for text in texts) for wanted in likely]
+    rest = 1 - sum(expected[text] for text in likely)
+    assert chisquare([*seen, n - sum(seen)], [n * expected[text] for text in likely] + [n * rest]).pvalue > 0.001
+
+
+def test_a_draw_does_not_depend_on_its_neighbours(chat: Chat, tiny_models: Callable[[str], Any]) -> None:
+    model, prompts = tiny_models("llama"), prompts_of(chat, "")
+    sampling = Sampling(0.9, [7 * n for n in range(len(prompts))])
+
+    def drawn(batch_size: int) -> dict[int, str]:
+        return {
+            i: answer.text
+            for batch in generate(model, chat, prompts, Limits(12), batch_size=batch_size, sampling=sampling)
+            for i, answer in batch
+        }
+
+    assert drawn(1) == drawn(3) == drawn(8)
+    other = Sampling(0.9, [7 * n + 1 for n in range(len(prompts))])
+    assert drawn(8) != {i: answer.text for batch in generate(model, chat, prompts, Limits(12), sampling=other) for i, answer in batch}
+    cold = Sampling(1e-4, [1] * len(prompts))
+    greedy = {i: answer.text for batch in generate(model, chat, prompts, Limits(12)) for i, answer in batch}
+    assert {i: answer.text for batch in generate(model, chat, prompts, Limits(12), sampling=cold) for i, answer in batch} == greedy

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from burnish.recipe import build_recipe, dump_recipe
 from burnish.report import page as page_module
 from burnish.report import report
+from burnish.report.consistency import consistency_figure
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure
 from burnish.report.texts import encodable, visible
 from burnish.run import Run
@@ -80,7 +81,7 @@ ALLOWED_TAGS = {
 # Keys whose own keys are names from outside, not words of the contract, and carry payloads too. (`fields`: two floors.)
 MAPS = {
     *("unscored_reasons", "metrics", "answers", "scores", "reasons", "splits", "removed_counts", "token_lengths"),
-    *("chosen", "example_prompts", "versions", "machine", "steps"),
+    *("chosen", "example_prompts", "versions", "machine", "steps", "candidates", "comparisons"),
 }
 
 
@@ -129,6 +130,7 @@ def _poisoned(path: Path, turn: int, port: int = 9) -> Run:
         run.manifest_file: poison.value(made.manifest()),
         run.selection_file: poison.value(made.selection()),
         run.training_file: poison.value(made.training_summary()),
+        run.judge_file: poison.value(made.judged()),
         run.status_file: poison.value(run.status()),
     }
     for file, content in files.items():
@@ -188,7 +190,8 @@ def test_there_are_forty_payloads() -> None:
 
 def test_every_payload_in_every_place_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each place gets each payload once. Charts are drawn in the tests below: here they would take a minute."""
-    monkeypatch.setattr(page_module, "_charts", lambda facts, titles: {})
+    monkeypatch.setattr(page_module, "_charts", lambda facts: {})
+    monkeypatch.setattr(page_module, "consistency_charts", lambda facts, subject: None)
     for turn in range(len(PAYLOADS)):
         run = _poisoned(tmp_path / str(turn), turn)
         seen = _assert_harmless(report(run).read_text(encoding="utf-8"))
@@ -204,11 +207,21 @@ def test_every_payload_in_charts_is_text() -> None:
     for width in (WIDE, NARROW):
         for chart in (
             scores_figure(rows, PAYLOADS[0], percent=True, width=width),
-            differences_figure(pairs, {}, percent=True, detectable=0.1, width=width),
+            differences_figure(pairs, percent=True, detectable=0.1, width=width),
         ):
             assert isinstance(chart, Markup)
             _assert_harmless(str(chart))
             assert "fill: #040404" in _Seen(str(chart)).text or width == NARROW  # colours in texts stay texts
+
+
+def test_every_payload_in_the_picture_of_checks_is_text() -> None:
+    payloads = encodable(PAYLOADS)
+    row = {"value": 0.5, "low": 0.4, "high": 0.6}
+    measures = [
+        {"title": p, "lower_is_better": False, "candidates": {p: row, "base": row}, "comparisons": {p: {"verdict": p}}} for p in payloads
+    ]
+    for width in (WIDE, NARROW):
+        _assert_harmless(str(consistency_figure({"measures": measures, "against": "base"}, payloads[0], width=width)))
 
 
 def test_the_whole_page_with_charts(tmp_path: Path) -> None:

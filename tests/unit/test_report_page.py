@@ -94,6 +94,17 @@ def test_the_verdict_stands_on_top_and_everything_promised_follows(page: str) ->
         "best: 0.1892 at step 125",
         "3.00 GiB",
         "3,796,992 of 271,895,168",
+        "Consistency",
+        "valid JSON",
+        "2 unscored, 3 left out",
+        "+10.0 points [+5.0, +16.0]",
+        "loops (fewer is better)",
+        "tone (training answers are too short to have a tone)",
+        "a-judge compared Fine-tuned with",
+        "61 won",
+        "15.6 %",  # position bias
+        "κ 0.61 [0.41, 0.78]",
+        "models prefer what they wrote",
         "Where Fine-tuned wins and loses",
         "Every candidate fails",
         "Field by field",
@@ -155,7 +166,8 @@ def test_a_rubric_outside_of_0_and_1_is_no_percentage(tmp_path: Path) -> None:
     run.write_json(run.comparison_file, content)
     text = _Page(report(run).read_text(encoding="utf-8")).text
     assert "5.5" in text
-    assert "550" not in text
+    assert "550.0" not in text
+    assert "550 %" not in text
 
 
 def test_charts_hold_the_numbers_and_follow_the_theme() -> None:

@@ -130,8 +130,54 @@ def comparison(rows: int = 150) -> dict[str, Any]:
         "candidates": candidates,
         "comparisons": pairs,
         "fields": fields,
+        "consistency": consistency(score, rows),
         "rows_detail": detail,
     }
+
+
+def consistency(score: dict[str, float], rows: int) -> dict[str, Any]:
+    """Two checks of every candidate, one for which fewer is better, and one that could not be measured."""
+
+    def measured(value: float) -> dict[str, Any]:
+        bounds = {"low": max(0.0, value - 0.07), "high": min(1.0, value + 0.06)}
+        return {"value": value, **bounds, "n": rows, "unscored": 2, "unscored_reasons": {"prediction is not JSON": 2}, "left_out": 3}
+
+    pair = {"difference": 0.1, "low": 0.05, "high": 0.16, "p_value": 1e-4, "p_adjusted": 2e-4, "n": rows, "verdict": "BETTER"}
+    json_check = {
+        "key": "json",
+        "title": "valid JSON",
+        "reads": "The whole answer is one JSON value.",
+        "binary": True,
+        "lower_is_better": False,
+        "note": None,
+    }
+    loops = {
+        "key": "repetition",
+        "title": "loops",
+        "reads": "It says the same again.",
+        "binary": True,
+        "lower_is_better": True,
+        "note": "A note.",
+    }
+    return {
+        "chosen": "by the recipe",
+        "against": "few_shot_retrieved",
+        "measures": [
+            {**json_check, "candidates": {name: measured(value) for name, value in score.items()}, "comparisons": {"tuned": pair}},
+            {**loops, "candidates": {name: measured(1 - value) for name, value in score.items()}, "comparisons": {"tuned": pair}},
+        ],
+        "refused": [{"check": "tone", "reason": "training answers are too short to have a tone"}],
+    }
+
+
+def judged() -> dict[str, Any]:
+    return {
+        "subject": "tuned", "against": "few_shot_retrieved", "model": "a-judge", "base_url": "https://example.org/v1", "judges_itself": True,
+        "rubric": "The better answer names the room.", "confidence": 0.95, "rows": 100, "of_rows": 150, "n": 100, "won": 61, "lost": 20, "tied": 19,
+        "win_rate": 0.705, "low": 0.62, "high": 0.78, "p_value": 1e-5, "verdict": "BETTER", "reasons": {"agreed": 81, "place": 15, "alike": 4},
+        "position_bias": 15 / 96, "unreadable": 0, "labels": {"n": 40, "share": 0.8, "kappa": 0.61, "low": 0.41, "high": 0.78}, "spent": 0.12,
+        "judgements": [],
+    }  # fmt: skip
 
 
 def manifest() -> dict[str, Any]:
@@ -259,6 +305,7 @@ def fabricate(path: Path, *, tuned: bool = True, optional: bool = True) -> Run:
         run.write_json(run.manifest_file, manifest())
         run.write_json(run.selection_file, selection())
         if tuned:
+            run.write_json(run.judge_file, judged())
             run.write_jsonl(run.metrics_file, training_lines())
             run.write_json(run.training_file, training_summary())
         steps = ("prepare", "baselines", "train", "evaluate", "compare")

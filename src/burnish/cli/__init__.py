@@ -14,11 +14,11 @@ import traceback
 
 import typer
 
-from burnish.cli import decide, estimate, look, retain, rows, search, steps
+from burnish.cli import decide, estimate, judge, look, retain, rows, search, steps
 from burnish.cli.app import Interrupted, app, is_launched, rank
 from burnish.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_USER_INPUT, BurnishError, Stopped
 
-COMMANDS = (steps, decide, estimate, search, rows, retain, look)  # importing a module adds its commands
+COMMANDS = (steps, decide, estimate, judge, search, rows, retain, look)  # importing a module adds its commands
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 # As `burnish --help` lists them: the way of a run, then what only looks. Commands are written in several files.
 ORDER = (
-    "demo", "init", "check", "prepare", "estimate", "decide", "run", "train", "evaluate", "compare", "report", "merge", "retain", "sweep", "curve", "value", "runs", "recipe", "doctor",
+    "demo", "init", "check", "prepare", "estimate", "decide", "run", "train", "evaluate", "compare", "report", "judge", "merge", "retain", "sweep", "curve", "value", "runs", "recipe", "doctor",
 )  # fmt: skip
 
 

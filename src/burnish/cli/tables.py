@@ -31,10 +31,26 @@ def show_verdict(job: Run) -> None:
     for item in content["comparisons"]:
         gain = f"{difference(item, unit)}, p = {item['p_adjusted']:.2g} (Holm)"
         say(f"{item['candidate']} against {item['baseline']}: {gain}  {item['verdict']}")
+    _show_consistency(content)
     style = {"BETTER": "bold green", "WORSE": "bold red"}.get(content["verdict"], "bold yellow")
     say(f"\n{content['verdict']}  {content['sentence']}", style)
     if job.report_file.exists():
         say(f"report: {job.report_file.resolve()}")
+
+
+def _show_consistency(content: dict[str, Any]) -> None:
+    """Each check: the trained candidate beside the best baseline."""
+    found = content.get("consistency") or {}
+    names = {row["name"]: row["title"] for row in content["candidates"]}
+    rows = []
+    for measure in found.get("measures", ()):
+        for name, pair in measure["comparisons"].items():
+            ours, theirs = measure["candidates"][name], measure["candidates"][found["against"]]
+            title = measure["title"] + (" (fewer is better)" if measure["lower_is_better"] else "")
+            shown = (score(ours["value"], None), score(theirs["value"], None))
+            rows.append((title, names[name], *shown, f"p = {pair['p_adjusted']:.2g}", pair["verdict"]))
+    if rows:
+        table("consistency", ["check", "candidate", "value", f"best baseline ({found['against']})", "Holm", "verdict"], rows)
 
 
 def show_check(numbers: dict[str, Any], sources: list[dict[str, Any]], warnings: list[str]) -> None:

@@ -7,6 +7,7 @@ invariant   every candidate answers the same rows; what is chosen is chosen on v
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,10 +19,11 @@ from burnish.evaluation.candidates import CANDIDATES, Context, Setting, candidat
 from burnish.evaluation.compare import compare_run, detectable, is_answered
 from burnish.evaluation.endpoint import Client, Endpoint
 from burnish.evaluation.likelihood import BITS_PER_BYTE, TEXT_CANDIDATES, compare_text, is_measured, measure_text
-from burnish.evaluation.predict import Options, predict, rows_per_second
+from burnish.evaluation.predict import Options, predict, read_predictions, rows_per_second
 from burnish.evaluation.rescore import TaskRows, score_task
 from burnish.evaluation.retention import SUITES, Ground, Measured, measure_suite
 from burnish.evaluation.retrieve import BY_WORDS, Library, Words
+from burnish.evaluation.samples import draw_samples, drawing_of
 from burnish.evaluation.select import select, settings_to_try
 from burnish.evaluation.speed import AnswerCost, Asked, costs, spread, text_costs
 from burnish.evaluation.suites import DEFAULT_SUITES, Suite, openings, read_suites
@@ -57,6 +59,11 @@ def evaluate(run: Run, dataset: Dataset, recipe: Recipe, chat: Chat, task: Task,
         setting = Setting(**chosen[name]) if name in chosen else Setting()
         kept = Options(options.batch_size, identity=identity, keep=run.predictions_file(name), tell=tell)
         predict(model, name, dataset.test, setting=setting, context=context, limits=limits, options=kept)
+        if (drawing := drawing_of(recipe)) is not None and CANDIDATES[name].by == "model":
+            drawn = dataclasses.replace(kept, keep=run.samples_file(name))
+            draw_samples(
+                model, name, dataset.test, setting=setting, context=context, limits=limits, options=drawn, drawing=drawing, seed=recipe.seed
+            )
 
 
 def library_for(run: Run | None, dataset: Dataset, recipe: Recipe, tell: Tell = silent) -> Library:
@@ -161,7 +168,7 @@ def _choose(
         seen,
         [[passage.text, passage.answer] for passage in library.passages],
         library.ways,
-        recipe.to_dict()["evaluation"],
+        {key: value for key, value in recipe.to_dict()["evaluation"].items() if key != "checks"},
         task.metric,
         context.instruction,
         asdict(limits),
@@ -177,8 +184,9 @@ def _choose(
 
 
 __all__ = [
-    "BITS_PER_BYTE", "CANDIDATES", "DEFAULT_SUITES", "SUITES", "TEXT_CANDIDATES", "AnswerCost", "Ground", "Measured", "Suite", "TaskRows", "Words",
-    "answer_costs", "candidates_for", "compare_run", "compare_text", "detectable", "endpoint_of", "evaluate", "is_answered", "is_measured",
-    "limits_for", "measure_suite", "measure_text", "on_tuned_base", "openings", "read_suites", "rows_per_second", "score_task", "text_costs",
-    "validation_answers", "validation_score", "weigh", "weigh_runs",
+    "BITS_PER_BYTE", "CANDIDATES", "DEFAULT_SUITES", "SUITES", "TEXT_CANDIDATES", "AnswerCost", "Client", "Endpoint", "Ground",
+    "Measured", "Suite", "TaskRows", "Words", "answer_costs", "candidates_for", "compare_run", "compare_text", "detectable", "drawing_of",
+    "endpoint_of", "evaluate", "is_answered", "is_measured", "limits_for", "measure_suite", "measure_text", "on_tuned_base", "openings",
+    "read_predictions", "read_suites", "rows_per_second", "score_task", "text_costs", "validation_answers", "validation_score", "weigh",
+    "weigh_runs",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 
 from burnish.errors import DataError
 from burnish.evaluation.candidates import CANDIDATES
+from burnish.evaluation.consistency import Answered, consistency, mean_interval
 from burnish.evaluation.predict import read_predictions, rows_per_second
 from burnish.recipe import Recipe
 from burnish.run import Run
@@ -19,13 +20,11 @@ from burnish.tasks import (
     Difference,
     Metric,
     Task,
-    bootstrap_interval,
     compare,
     compare_corpus,
     corpus_bootstrap,
     counts,
     detectable_difference,
-    effective_rows,
     find_metric,
     headline,
     json_fields,
@@ -34,7 +33,6 @@ from burnish.tasks import (
     score_rows,
     texts,
     values,
-    wilson,
 )
 from burnish.types import Comparison, Example, Prediction, Score, Tell, Verdict, silent
 
@@ -66,8 +64,13 @@ class Ground:
         return [prediction.text for prediction in self.predictions[name]]
 
 
-def compare_run(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], tell: Tell = silent) -> dict[str, Any]:
-    """Compare what the run has predicted. Returns what comparison.json holds; raises DataError where answers are missing."""
+def compare_run(
+    run: Run, recipe: Recipe, task: Task, test: Sequence[Example], *, train: Sequence[str] = (), tell: Tell = silent
+) -> dict[str, Any]:
+    """Compare what the run has predicted. Returns what comparison.json holds; raises DataError where answers are missing.
+
+    `train`: the training answers, by which the checks of consistency are chosen and their tone is learnt.
+    """
     ground = ground_of(run, recipe, task, test, tell)
     metric, rows = ground.metric, len(ground.test)
     comparisons = _comparisons(ground)
@@ -94,6 +97,8 @@ def compare_run(run: Run, recipe: Recipe, task: Task, test: Sequence[Example], t
         "rows_detail": _details(ground),
     }
     content["sentence"] = sentence(content)
+    answered = Answered(ground.test, ground.predictions, content["best_baseline"])
+    content["consistency"] = consistency(run, recipe, task, answered=answered, train=train, tell=tell)
     return content
 
 
@@ -273,13 +278,7 @@ def _with_interval(ground: Ground, metric: Metric, name: str) -> tuple[float | N
         return (None if found is None else round(found, 6)), round(low, 6), round(high, 6)
     value = float(np.mean(kept))
     groups = [group for group, score in zip(ground.groups, scores, strict=True) if counts(score)]
-    if metric.binary:
-        worth = effective_rows(kept, groups)
-        low, high = wilson(value * worth, worth, settings.confidence)
-    else:
-        low, high = bootstrap_interval(
-            kept, groups=groups, confidence=settings.confidence, resamples=settings.resamples, seed=ground.recipe.seed
-        )
+    low, high = mean_interval(kept, groups, binary=metric.binary, recipe=ground.recipe)
     return round(value, 6), round(low, 6), round(high, 6)
 
 

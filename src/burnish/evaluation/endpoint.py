@@ -77,6 +77,11 @@ class Endpoint:
         if self.max_spend is None and (self.price_in or self.price_out):
             raise RecipeError(f"{where}: it has a price and no max_spend: say how much may be spent at most (same currency)")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine."""
+        return is_loopback(urlsplit(self.base_url).hostname or "")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -137,15 +142,27 @@ class Client:
         """All answers in order, `concurrency` at a time. The first error stops what has not begun; what was answered is kept."""
         title, done = title or self.endpoint.name, 0
         self._stopped.clear()
+        errors: list[BaseException] = []
+
+        def answer(request: Request) -> Answer:
+            try:
+                return self._ask(request)
+            except BaseException as problem:
+                errors.append(problem)
+                self._stopped.set()  # at once: what waits would be sent before the caller hears of it
+                raise
+
         pool = ThreadPoolExecutor(self.endpoint.concurrency)
         try:
-            waiting = [pool.submit(self._ask, request) for request in requests]
+            waiting = [pool.submit(answer, request) for request in requests]
             answers = []
             for future in waiting:
                 answers.append(future.result())
                 done += 1
                 tell(title, done, len(requests), f"spent {self.spent:.4f}" if self.endpoint.max_spend is not None else "")
             return answers
+        except EndpointError:
+            raise errors[0] from None  # the others were only told to stop
         except BaseException:
             self._stopped.set()
             raise

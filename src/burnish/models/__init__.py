@@ -12,7 +12,7 @@ from burnish.models.embed import can_embed, embed
 from burnish.models.facts import licence_of, weights_bytes
 from burnish.models.fused import fuse
 from burnish.models.fused_attention import fuse_attention
-from burnish.models.generate import Generation, Limits, end_at_stop, generate, layout
+from burnish.models.generate import Generation, Limits, Sampling, end_at_stop, generate, layout
 from burnish.models.int8 import pack_base
 from burnish.models.kernels import Kernels, NoKernels, find_kernels
 from burnish.models.layers import choose_layers, decoder_layers
@@ -38,11 +38,12 @@ from burnish.models.save import ADAPTER_MANIFEST, load_adapter, load_trained, sa
 from burnish.models.scale import Published, Scaled, publish_scaled
 
 __all__ = [
-    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Continuation", "Generation", "Kernels", "Limits", "Merged",
-    "NoKernels", "Published", "Scaled", "Segment", "attend_by_segment", "base_state", "can_embed", "choose_layers", "context_window",
-    "continuation_tokens", "decoder_layers", "embed", "end_at_stop", "find_kernels", "find_model", "fuse", "fuse_attention", "generate",
-    "is_quantized", "layer_count", "layout", "licence_of", "load_adapter", "load_base", "load_chat", "load_model", "load_trained", "make_chat",
-    "merge_adapter", "negative_log_likelihood", "pack_base", "publish_scaled", "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype",
-    "save_trained", "score_continuations", "tokenizer_hash", "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "watch_calls",
-    "weights_bytes", "weights_hash", "windows_reach",
+    "ADAPTER_MANIFEST", "IGNORED", "LEARNING_RATES", "METHODS", "QUANTIZERS", "Chat", "Continuation", "Generation", "Kernels", "Limits",
+    "Merged", "NoKernels", "Published", "Sampling", "Scaled", "Segment", "attend_by_segment", "base_state", "can_embed", "choose_layers",
+    "context_window", "continuation_tokens", "decoder_layers", "embed", "end_at_stop", "find_kernels", "find_model", "fuse",
+    "fuse_attention", "generate", "is_quantized", "layer_count", "layout", "licence_of", "load_adapter", "load_base", "load_chat",
+    "load_model", "load_trained", "make_chat", "merge_adapter", "negative_log_likelihood", "pack_base", "publish_scaled",
+    "quantizer_facts", "quantizer_for", "resolve_device", "resolve_dtype", "save_trained", "score_continuations", "tokenizer_hash",
+    "tokens_of", "trainable_parameters", "trained_hash", "verify_adapter", "watch_calls", "weights_bytes", "weights_hash",
+    "windows_reach",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Batched greedy generation, each request answered as if it were alone.
+"""Batched generation (greedy, or drawn), each request answered as if it were alone.
 
 Requests are sorted by length and taken in batches. What all of them begin with (an instruction, fixed examples) is computed once and its
 keys and values are shared. A finished request leaves its batch at once. Masks are built from positions, so padding changes nothing, not
@@ -8,7 +8,7 @@ even in layers with a sliding window; tests compare with transformers' own `gene
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,14 @@ class Generation:
 class Limits:
     max_new_tokens: int
     stop_texts: tuple[str, ...] = ()  # an answer ends before any of these (not counting white space it begins with)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Draw answers instead of taking the likeliest token."""
+
+    temperature: float  # above 0
+    seeds: Sequence[int]  # one for each prompt: a draw does not depend on what else is in its batch
 
 
 class _GrowingLayer(DynamicLayer):
@@ -75,9 +83,10 @@ class _GrowingLayer(DynamicLayer):
 
 
 def generate(
-    model: Any, chat: Chat, prompts: Sequence[Sequence[int]], limits: Limits, *, batch_size: int = 32, tell: Tell = silent
-) -> Iterator[list[tuple[int, Generation]]]:
-    """Yield, batch by batch, (index into `prompts`, answer). Greedy; deterministic for a given batch size."""
+    model: Any, chat: Chat, prompts: Sequence[Sequence[int]], limits: Limits, *, batch_size: int = 32, tell: Tell = silent,
+    sampling: Sampling | None = None,
+) -> Iterator[list[tuple[int, Generation]]]:  # fmt: skip
+    """Yield, batch by batch, (index into `prompts`, answer). Greedy unless `sampling`; deterministic for a given batch size."""
     masks = _Masks(model.config)
     shared, batches = layout(model.config, prompts, limits, batch_size=batch_size)
     shared_cache = None
@@ -88,7 +97,9 @@ def generate(
             started = time.perf_counter()  # the first batch waits for what all share, too
             if shared and shared_cache is None:
                 shared_cache = _prefill_shared(model, masks, list(prompts[batch[0]][:shared]))
-            answers = _generate_batch(model, chat, [list(prompts[i][shared:]) for i in batch], limits, masks, shared_cache, shared, started)
+            pick = _greedy if sampling is None else _Draw(sampling.temperature, [sampling.seeds[i] for i in batch])
+            rows = [list(prompts[i][shared:]) for i in batch]
+            answers = _generate_batch(model, chat, rows, limits, masks, shared_cache, shared, started, pick)
         done += len(batch)
         tell("generating", done, len(prompts), "")
         yield list(zip(batch, answers, strict=True))
@@ -99,6 +110,23 @@ def layout(config: Any, prompts: Sequence[Sequence[int]], limits: Limits, *, bat
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     shared = _common_prefix(prompts) if _Masks(config).by_position else 0
     return (shared if shared >= _LEAST_SHARED else 0), list(_batches(order, prompts, limits, batch_size))
+
+
+def _greedy(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits.argmax(-1)
+
+
+class _Draw:
+    """Draws from softmax(logits / temperature) by the race of exponentials (Gumbel-max): each row has random numbers of its own."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """logits: (B, V) of the batch's rows `rows` → tokens (B,)."""
+        noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=self.generators[row]) for row in rows])
+        return (logits.float() / self.temperature - noise.to(logits.device).log()).argmax(-1)
 
 
 class _Masks:
@@ -178,8 +206,9 @@ def _repeated(shared: Cache, masks: _Masks, rows: int) -> Cache:
 
 
 def _generate_batch(
-    model: Any, chat: Chat, prompts: list[list[int]], limits: Limits, masks: _Masks, shared: Cache | None, skip: int, started: float
-) -> list[Generation]:
+    model: Any, chat: Chat, prompts: list[list[int]], limits: Limits, masks: _Masks, shared: Cache | None, skip: int, started: float,
+    pick: Callable[[Tensor, Sequence[int]], Tensor],
+) -> list[Generation]:  # fmt: skip
     """Prompts without their shared first `skip` tokens → answers, in order."""
     rows, width, device = len(prompts), max(map(len, prompts)), model.device
     ids = torch.full((rows, width), chat.stop_ids[-1], device=device)  # (B, T), padded on the left
@@ -209,7 +238,7 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=last,
         )
-        tokens = output.logits[:, -1].argmax(-1)  # (B,)
+        tokens = pick(output.logits[:, -1], active)  # (B,)
         going = []
         for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             written[row].append(token)

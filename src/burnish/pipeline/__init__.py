@@ -15,6 +15,7 @@ so a run that was cut off goes on where it stopped.
     estimate.py what a run will cost
     curve.py    how much more data would bring          value.py    which rows help or hurt
     retention.py, repair.py    retain
+    judge.py    a language model compares the answers
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from burnish.pipeline.chain import train
 from burnish.pipeline.curve import CurvePlan, curve
 from burnish.pipeline.decide import Wish, decide
 from burnish.pipeline.estimate import estimate
+from burnish.pipeline.judge import judge
 from burnish.pipeline.retention import RetainOptions, gate_of, retain
 from burnish.pipeline.search import sweep
 from burnish.pipeline.steps import assist, check, compare, dataset_of, evaluate, machine, merge, prepare, task_of, versions, write_report
@@ -79,7 +81,7 @@ def demo_recipe(language: str = "en") -> Recipe:
 
 
 __all__ = [
-    "DEMO", "Aim", "CurvePlan", "RetainOptions", "ValuePlan", "Wish", "assist", "check", "compare", "curve", "dataset_of", "decide", "decide_bases",
-    "demo_recipe", "estimate", "evaluate", "gate_of", "machine", "merge", "prepare", "read_trials", "refuse_unchangeable", "retain", "run_recipe",
-    "sweep", "task_of", "train", "value", "versions", "write_report",
+    "DEMO", "Aim", "CurvePlan", "RetainOptions", "ValuePlan", "Wish", "assist", "check", "compare", "curve", "dataset_of", "decide",
+    "decide_bases", "demo_recipe", "estimate", "evaluate", "gate_of", "judge", "machine", "merge", "prepare", "read_trials",
+    "refuse_unchangeable", "retain", "run_recipe", "sweep", "task_of", "train", "value", "versions", "write_report",
 ]  # fmt: skip

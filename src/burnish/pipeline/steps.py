@@ -32,7 +32,7 @@ from burnish.models import (
 )
 from burnish.recipe import Recipe
 from burnish.run import Run, hash_file, hash_of, write_whole
-from burnish.tasks import Task, detect_task, find_metric, task_for
+from burnish.tasks import Task, detect_task, find_metric, task_for, verify_checks
 from burnish.training import BASE, Start
 from burnish.types import Dataset, Tell, silent
 
@@ -56,8 +56,11 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     """Prepare where it is not done yet. None: what is on the disk holds, and nothing of it was read."""
     recipe = job.recipe_as_asked()
     others = [] if apart is None else [apart.manifest["splits"][split]["sha256"] for split in ("test", "validation")]
-    asked = hash_of(recipe.to_dict(), _tokens_state(recipe), *others)
+    content = recipe.to_dict()
+    del content["evaluation"]["checks"]  # rows do not depend on how answers are judged
+    asked = hash_of(content, _tokens_state(recipe), *others)
     inputs = hash_of(asked, [_fingerprint(name) for name in _data_files(recipe)])
+    _take_over_checks(job, recipe)
     if job.step_done("prepare", inputs):
         return None
     if gone := _gone(job, recipe, asked):
@@ -90,6 +93,14 @@ def prepare_once(job: Run, *, chat: Chat | None = None, apart: Dataset | None = 
     tell("what can be shown", 0, 0, f"{len(dataset.test)} test rows, {metric.title.lower()}: {points}")
     job.event("detectable_difference", rows=len(dataset.test), difference=shown)
     return dataset
+
+
+def _take_over_checks(job: Run, recipe: Recipe) -> None:
+    """Read the files of the checks, so that a broken one is told before anything is computed; the resolved recipe follows the one asked for."""
+    checks = recipe.evaluation.checks
+    verify_checks([(check.name, check.settings) for check in checks or ()])
+    if job.resolved_file.exists() and job.recipe().evaluation.checks != checks:
+        job.resolve({"evaluation.checks": recipe.to_dict()["evaluation"]["checks"]}, further=True)
 
 
 def evaluate(
@@ -205,7 +216,8 @@ def compare(job: Run, *, tell: Tell = silent) -> dict[str, Any]:
         if recipe.training.objective == "text":
             content = evaluation.compare_text(job, recipe, dataset.test)
         else:
-            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, tell)
+            train = [example.reference for example in dataset.train]
+            content = evaluation.compare_run(job, recipe, task_of(recipe, dataset), dataset.test, train=train, tell=tell)
         job.write_json(job.comparison_file, content)
     return content
 
@@ -330,7 +342,10 @@ def _resolved_values(recipe: Recipe, dataset: Dataset, chat: Chat) -> Mapping[st
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that decide what a candidate answers, given its weights: a rate found later must not measure the baselines again."""
     parts = recipe.to_dict()
-    return {key: parts[key] for key in ("seed", "model", "data", "task", "evaluation")}
+    del parts["evaluation"]["checks"]  # they judge what was answered; only one of them asks for more answers
+    drawing = evaluation.drawing_of(recipe)
+    drawn = {} if drawing is None else {"drawn": drawing.model_dump()}
+    return {key: parts[key] for key in ("seed", "model", "data", "task", "evaluation")} | drawn
 
 
 def _splits(dataset: Dataset, names: Sequence[str] = SPLITS) -> list[str]:

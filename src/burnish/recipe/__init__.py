@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from burnish.errors import Problem, RecipeError
+from burnish.recipe.checks import CHECK_NAMES, CheckSection, path_holders
 from burnish.recipe.knobs import (
     MAX_LEAVES,
     Auto,
@@ -204,6 +205,10 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _note_lines(node: Any, prefix: str, lines: dict[str, int], problems: list[Problem], origin: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[f"{prefix}{index}"] = item.start_mark.line + 1
+            _note_lines(item, f"{prefix}{index}.", lines, problems, origin)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -227,6 +232,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
     training = content.get("training")
     if isinstance(training, dict):
         holders.append((training, "replay_data"))
+    evaluation = content.get("evaluation")
+    checked = path_holders(evaluation.get("checks")) if isinstance(evaluation, dict) else []
+    holders += checked
     retain = content.get("retain")
     if isinstance(retain, dict) and isinstance(retain.get("suites"), list):
         retain["suites"] = [_anchored_suite(name, folder) for name in retain["suites"]]
@@ -245,6 +253,7 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
         # Model and template names are only paths where such a path exists or is plainly meant.
         if (
             key in ("train", "validation", "test", "documents", "data", "metric", "replay_data")
+            or (holder, key) in checked
             or value.startswith((".", "/"))
             or (anchored.exists() and "/" in value)
         ):
@@ -281,6 +290,9 @@ def _did_you_mean(key: str) -> str:
     last = key.rsplit(".", 1)[-1]
     if last in PEERS_NAMES:
         return f"; here it is called `{PEERS_NAMES[last]}`"
+    if key.startswith("evaluation.checks."):
+        nearest = difflib.get_close_matches(last, CHECK_NAMES, 1, 0.6)
+        return f"; did you mean `{nearest[0]}`?" if nearest else f"; the checks are {', '.join(CHECK_NAMES)}"
     known = [name for name, _ in leaves()]
     by_last = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(key, known, 1, 0.75) or [by_last[n] for n in difflib.get_close_matches(last, list(by_last), 1, 0.6)]
@@ -306,7 +318,9 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
             str(part) for part in item["loc"] if isinstance(part, str) and not re.search(r"[\[(]|^(float|int|str|literal.*|list.*)$", part)
         ]
         key = ".".join(parts)
-        at = next((lines[k] for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in lines), None)
+        # Lines are noted with list positions: evaluation.checks.0.regex.
+        steps = [str(part) for part in item["loc"] if isinstance(part, int) or part in parts]
+        at = next((lines[k] for n in range(len(steps), 0, -1) if (k := ".".join(steps[:n])) in lines), None)
         where = f"{origin}:{at} {key}".strip() if at else f"{origin} {key}".strip()
         if item["type"] == "extra_forbidden":
             problems.append(Problem(where, f"unknown key `{key}`", f"remove it or rename it{_did_you_mean(key)}"))
@@ -333,7 +347,8 @@ def _problems(error: ValidationError, origin: str, lines: Mapping[str, int]) -> 
 
 
 __all__ = [
-    "MAX_LEAVES", "PEERS_NAMES", "Auto", "DataSection", "EndpointSection", "EngineSection", "EvaluationSection", "GateSection", "LoraSection",
-    "ModelSection", "Recipe", "RetainSection", "StageSection", "TaskSection", "TrainingSection", "build_recipe", "differences", "dump_recipe",
-    "explain", "leaves", "load_recipe", "parse_value", "schema", "stage_recipes",
+    "CHECK_NAMES", "MAX_LEAVES", "PEERS_NAMES", "Auto", "CheckSection", "DataSection", "EndpointSection", "EngineSection",
+    "EvaluationSection", "GateSection", "LoraSection", "ModelSection", "Recipe", "RetainSection", "StageSection", "TaskSection",
+    "TrainingSection", "build_recipe", "differences", "dump_recipe", "explain", "leaves", "load_recipe", "parse_value", "schema",
+    "stage_recipes",
 ]  # fmt: skip

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from burnish.recipe.checks import CheckSection
+
 Auto = Literal["auto"]
 MAX_LEAVES = 75  # the design's 70, and what evidence needs: documents, endpoint, price, checks, retention
 
@@ -248,6 +250,10 @@ class EvaluationSection(_Section):
         0.95, gt=0.5, lt=1, description="of every interval; 1 − this is the verdict's error rate over all comparisons"
     )
     resamples: int = Field(10_000, ge=200, le=1_000_000, description="of the paired bootstrap and the sign-flip test")
+    checks: list[CheckSection] | None = Field(
+        None,
+        description="what answers must keep to besides being right, each `- NAME: SETTINGS` (recipe/checks.py lists them); none: what the training answers show and costs nothing",
+    )
 
     @model_validator(mode="after")
     def _has_what_they_need(self) -> EvaluationSection:

@@ -7,6 +7,7 @@ from typing import Any
 
 from burnish.errors import DataError
 from burnish.recipe import dump_recipe
+from burnish.report.consistency import consistency_facts, judge_facts
 from burnish.report.curve import curve_facts
 from burnish.report.forecast import forecast_facts
 from burnish.report.pareto import retain_facts
@@ -115,6 +116,8 @@ def gather(run: Run) -> dict[str, Any]:
             "forecast": forecast_facts(run),
             "curve": curve_facts(run),
             "retain": retain_facts(run),
+            "consistency": consistency_facts(comparison),
+            "judge": judge_facts(run),
             "rows": _rows(comparison, subject, against, percent),
             "data": _optional(run, run.manifest_file, _DATA),
             "baselines": _optional(run, run.selection_file, _SELECTION),

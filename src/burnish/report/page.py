@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from burnish.report import texts
 from burnish.report.chain import rate_figure, stages_figure
+from burnish.report.consistency import consistency_charts
 from burnish.report.curve import curve_figure
 from burnish.report.decision import decision_view
 from burnish.report.figures import NARROW, WIDE, differences_figure, scores_figure, training_figure
@@ -91,6 +92,7 @@ def _view(facts: dict[str, Any]) -> dict[str, Any]:
         "fields": _fields(facts["fields"] or {}),
         "tried": _tried(facts["baselines"] or {}),
         "charts": _charts(facts),
+        "consistency_chart": consistency_charts(facts, facts["subject"]),
     }
 
 

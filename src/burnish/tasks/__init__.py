@@ -4,6 +4,7 @@ In: predictions and references as text (never tensors). Out: scores, headlines, 
 functions of texts, numbers and a seed; no text makes one raise, and what cannot be judged is *unscored*, with a reason.
 """
 
+from burnish.tasks.checks import CHECKS, Check, Material, Measure, Row, chosen_checks, verify_checks
 from burnish.tasks.metrics import METRICS, FieldScore, Metric, json_fields
 from burnish.tasks.statistics import (
     CORPUS_RESAMPLES,
@@ -41,20 +42,28 @@ from burnish.tasks.task import (
     texts,
     values,
 )
+from burnish.tasks.tone import Unfit
 
 __all__ = [
+    "CHECKS",
     "CORPUS_RESAMPLES",
     "METRICS",
     "RESAMPLES",
     "TASKS",
+    "Check",
     "Difference",
     "FieldScore",
     "Headline",
     "Kind",
+    "Material",
+    "Measure",
     "Metric",
+    "Row",
     "Task",
+    "Unfit",
     "bootstrap_interval",
     "build_comparisons",
+    "chosen_checks",
     "compare",
     "compare_corpus",
     "corpus_bootstrap",
@@ -78,5 +87,6 @@ __all__ = [
     "texts",
     "values",
     "verdict",
+    "verify_checks",
     "wilson",
 ]
