@@ -1,21 +1,21 @@
 """The whole story, the doors called in order. Read this first.
 
-    data      collect the rows, check them, split them                                        prepare
-    evaluate  measure what needs no training: base model, fixed examples, retrieved ones      baselines
-    train     fine-tune; keep the checkpoint with the best validation loss                    train
-    evaluate  the fine-tuned model answers the same test rows                                 evaluate
-    compare   scores with intervals, paired tests, one verdict                                compare
-    retain    what the tuned model has forgotten, where the recipe's `retain` asks                      retain
-    report    one HTML page and one JSON file                                                 report
+    data      collect the rows, check them, split them                                          prepare
+    evaluate  measure what needs no training: prompts, examples, neighbours, documents          baselines
+    train     fine-tune; keep the checkpoint with the best validation loss                      train
+    evaluate  the fine-tuned model answers the same test rows                                   evaluate
+    compare   scores with intervals, paired tests, one verdict                                  compare
+    retain    what the tuned model has forgotten, where the recipe's `retain` asks              retain
+    report    one HTML page, one JSON file, the model's card                                    report
 
 Each function here takes a Run, reads from its folder and writes into it. A step that already ended well on the same inputs is not done again,
 so a run that was cut off goes on where it stopped.
 
-    steps.py    the steps of one run          chain.py    train, in one training or in stages          search.py    sweep
-    estimate.py what a run will cost
-    curve.py    how much more data would bring          value.py    which rows help or hurt
-    retention.py, repair.py    retain
-    judge.py    a language model compares the answers
+    steps.py      the steps of one run                   chain.py     train, in one training or in stages
+    decide.py     should you fine-tune                   bases.py     and which base model
+    estimate.py   what a run will cost                   search.py    sweep: recipe keys tried on validation rows
+    curve.py      how much more data would bring         value.py     which rows help or hurt
+    retention.py, repair.py    what was forgotten, and a point that loses less
 """
 
 from __future__ import annotations

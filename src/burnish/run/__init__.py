@@ -30,27 +30,40 @@
 
 A file is written aside, fsynced and renamed, so a name either holds a whole file or does not exist. Logs and answers (.jsonl outside data/)
 grow line by line; a last line that a crash cut short is not read.
+
+    __init__.py    the life of a run: lock, recipe, steps, events    places.py    every file's name    files.py    writing that survives a crash
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from burnish.errors import BurnishError, DataError, RecipeError, Stopped, disk_errors
 from burnish.recipe import Recipe, build_recipe, differences, dump_recipe, load_recipe
+from burnish.run.files import (
+    append_line,
+    fsync_folder,
+    hash_file,
+    hash_of,
+    is_aside,
+    read_at,
+    read_lines,
+    recover_folder,
+    write_folder,
+    write_whole,
+)
+from burnish.run.places import Places
 
 # Each step, and those whose results no longer hold once it begins again.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -67,212 +80,11 @@ STEPS: dict[str, tuple[str, ...]] = {
 FREE_KEYS = ("evaluation.checks",)
 
 
-class Run:
+class Run(Places):
     """A run's folder. Every step reads from it and writes into it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-
-    # ------------------------------------------------------------------------------------------------ places
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def resolved_file(self) -> Path:
-        return self.path / "recipe.resolved.yaml"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def events_file(self) -> Path:
-        return self.path / "events.jsonl"
-
-    def split_file(self, split: str) -> Path:
-        return self.path / "data" / f"{split}.jsonl"
-
-    @property
-    def manifest_file(self) -> Path:
-        return self.path / "data" / "manifest.json"
-
-    @property
-    def selection_file(self) -> Path:
-        return self.path / "candidates" / "selection.json"
-
-    def predictions_file(self, candidate: str) -> Path:
-        return self.path / "candidates" / f"{candidate}.jsonl"
-
-    def samples_file(self, candidate: str) -> Path:
-        return self.path / "candidates" / f"{candidate}.samples.jsonl"
-
-    def endpoint_file(self, name: str) -> Path:
-        return self.path / "endpoints" / f"{name}.jsonl"
-
-    @property
-    def judge_file(self) -> Path:
-        return self.path / "judge.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "training" / "metrics.jsonl"
-
-    @property
-    def training_file(self) -> Path:
-        return self.path / "training" / "summary.json"
-
-    @property
-    def rate_file(self) -> Path:
-        return self.path / "training" / "rate.json"
-
-    @property
-    def stages_file(self) -> Path:
-        return self.path / "stages.json"
-
-    def stage_folder(self, name: str) -> Path:
-        return self.path / "stages" / name
-
-    @property
-    def decision_file(self) -> Path:
-        return self.path / "decision.json"
-
-    @property
-    def decision_report_file(self) -> Path:
-        return self.path / "decision.html"
-
-    @property
-    def probe_file(self) -> Path:
-        return self.path / "probe.json"
-
-    @property
-    def probe_folder(self) -> Path:
-        return self.path / "probe"
-
-    @property
-    def bases_file(self) -> Path:
-        return self.path / "bases.json"
-
-    def base_folder(self, name: str) -> Path:
-        return self.path / "bases" / name
-
-    @property
-    def sweep_file(self) -> Path:
-        return self.path / "sweep.json"
-
-    @property
-    def trials_file(self) -> Path:
-        return self.path / "trials.jsonl"
-
-    @property
-    def best_recipe_file(self) -> Path:
-        return self.path / "best.yaml"
-
-    @property
-    def sweep_report_file(self) -> Path:
-        return self.path / "sweep.html"
-
-    @property
-    def curve_file(self) -> Path:
-        return self.path / "curve.json"
-
-    @property
-    def curve_points_file(self) -> Path:
-        return self.path / "curve.jsonl"
-
-    @property
-    def curve_report_file(self) -> Path:
-        return self.path / "curve.html"
-
-    @property
-    def value_file(self) -> Path:
-        return self.path / "value.json"
-
-    @property
-    def value_work_file(self) -> Path:
-        """What the short trainings of `burnish value` brought, a line each: from here it goes on."""
-        return self.path / "value-work.jsonl"
-
-    @property
-    def value_rows_file(self) -> Path:
-        return self.path / "value.jsonl"
-
-    @property
-    def value_table_file(self) -> Path:
-        return self.path / "value.csv"
-
-    @property
-    def value_report_file(self) -> Path:
-        return self.path / "value.html"
-
-    @property
-    def kept_file(self) -> Path:
-        return self.path / "kept.jsonl"
-
-    @property
-    def reference_file(self) -> Path:
-        """What the model said of each preference pair before training."""
-        return self.path / "training" / "reference.json"
-
-    @property
-    def tokens_folder(self) -> Path:
-        """The rows as tokens."""
-        return self.path / "training" / "tokens"
-
-    @property
-    def frozen_folder(self) -> Path:
-        """What frozen lower layers make of the rows, while training."""
-        return self.path / "training" / "frozen"
-
-    @property
-    def checkpoints_folder(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter_folder(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def comparison_file(self) -> Path:
-        return self.path / "comparison.json"
-
-    @property
-    def estimate_file(self) -> Path:
-        return self.path / "estimate.json"
-
-    @property
-    def card_file(self) -> Path:
-        return self.path / "model_card.md"
-
-    @property
-    def retain_file(self) -> Path:
-        return self.path / "retain.json"
-
-    @property
-    def retain_folder(self) -> Path:
-        """Rows, answers and trainings of `burnish retain`; each training is a run of its own."""
-        return self.path / "retain"
-
-    @property
-    def retain_rows_file(self) -> Path:
-        return self.retain_folder / "rows.jsonl"
-
-    @property
-    def replay_file(self) -> Path:
-        """Rows that the base model wrote for replay."""
-        return self.retain_folder / "replay.jsonl"
-
-    @property
-    def repaired_folder(self) -> Path:
-        return self.path / "adapter-repaired"
-
-    @property
-    def report_file(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def report_json_file(self) -> Path:
-        return self.path / "report.json"
 
     # ------------------------------------------------------------------------------------------------ life
     @classmethod
@@ -292,7 +104,7 @@ class Run:
         if (
             run.path.exists()
             and not run.recipe_file.exists()
-            and any(child.name != "lock" for child in run.path.iterdir() if not _is_aside(child))
+            and any(child.name != "lock" for child in run.path.iterdir() if not is_aside(child))
         ):
             raise RecipeError(f"{run.path} is not empty and not a run: choose another place with --run (nothing there is deleted)")
         with run.lock():
@@ -430,7 +242,7 @@ class Run:
     def _sweep(self) -> None:
         """Remove what a process that died was writing aside; the lock is held, so nobody else is writing. Stages are runs of their own."""
         for place in (self.path, *(self.path / name for name in ("data", "candidates", "training", "training/tokens", "retain"))):
-            for left in filter(_is_aside, place.glob(".*.tmp")):
+            for left in filter(is_aside, place.glob(".*.tmp")):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def _clear(self) -> None:
@@ -463,140 +275,10 @@ class Run:
         return list(read_lines(path)) if path.exists() else []
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write aside, fsync, rename, fsync the folder: the name holds the old file or the whole new one, never a part."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-            raise
-        fsync_folder(path.parent)
-
-
-@contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder aside, fsync what is in it, rename it into place. On any failure nothing is left."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover_folder(path)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            yield aside
-            for file in sorted(aside.rglob("*")):
-                if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
-            fsync_folder(aside)
-            os.chmod(aside, 0o755)
-            if path.exists():
-                old = path.with_name(f".{path.name}.old")
-                os.replace(path, old)
-                try:
-                    os.replace(aside, path)
-                except OSError:
-                    os.replace(old, path)
-                    raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(aside, path)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        fsync_folder(path.parent)
-
-
-def recover_folder(path: Path) -> None:
-    """Tidy up after a process that died in `write_folder`: put the old folder back, remove what was being filled.
-
-    Only for the one process that writes here (a run's or the cache's lock is held).
-    """
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.replace(old, path)
-    for left in (old, *path.parent.glob(f".{path.name}.*.tmp")):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_aside(path: Path) -> bool:
-    """Whether `write_whole` or `write_folder` gave it its name: .NAME.8 random characters.tmp"""
-    return re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name) is not None
-
-
 def is_allowed(key: str, allowed: Sequence[str]) -> bool:
     """Whether a list of dotted keys names this key, or a section that it lies in; in a stage of a chain it is the key without stages.NAME."""
     names = [key, *re.findall(r"^stages\..*?\.((?:training|lora|data)\..+)$", key)]
     return any(one == name or one.startswith(f"{name}.") for one in names for name in allowed)
-
-
-def append_line(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:
-    """Append one JSON line (`sync`: and have it on the disk). A reader ignores a last line that a crash cut short (`read_lines`)."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        # A line cut short by a crash must not swallow the next one.
-        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-        with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(("\n" if torn else "") + line)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file this package wrote line by line; a line cut short by a crash is left out, so its work is done again."""
-    for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
-
-
-def read_at(file: BinaryIO, start: int, size: int) -> bytes:
-    """So many bytes of an open file, wherever it stands. DataError where it has been cut since it was opened."""
-    found = os.pread(file.fileno(), size, start)
-    if len(found) != size:
-        raise DataError(f"{file.name}: {size} bytes expected at {start}, {len(found)} are there: the file was changed while it was in use")
-    return found
-
-
-def fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def hash_of(*parts: Any) -> str:
-    """16 hex digits over JSON values: the same content gives the same hash on every machine."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "surrogatepass")).hexdigest()[
-        :16
-    ]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def _step_that_writes(path: Path) -> str:
@@ -633,3 +315,9 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: str(row["created"]), reverse=True)
+
+
+__all__ = [
+    "FREE_KEYS", "STEPS", "Places", "Run", "append_line", "fsync_folder", "hash_file", "hash_of", "is_allowed", "list_runs", "read_at", "read_lines", "recover_folder", "write_folder",
+    "write_whole",
+]  # fmt: skip
