@@ -16,6 +16,7 @@ so a run that was cut off goes on where it stopped.
     estimate.py   what a run will cost                   search.py    sweep: recipe keys tried on validation rows
     curve.py      how much more data would bring         value.py     which rows help or hurt
     retention.py, repair.py    what was forgotten, and a point that loses less
+    judge.py      a language model's opinion of the answers, and how far to believe it
 """
 
 from __future__ import annotations
