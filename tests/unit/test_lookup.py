@@ -126,3 +126,18 @@ def test_the_way_of_looking_up_is_chosen_by_what_it_finds() -> None:
     assert ways["examples"]["scores"] == {BY_WORDS: 0.5, BY_MEANING: 1.0}
     assert ways["passages"]["chosen"] == BY_WORDS, "a tie goes to words"
     assert choose_ways(Library(train), rows, METRICS["exact_match"])["passages"]["chosen"] == BY_WORDS
+
+
+def test_one_index_serves_to_read_and_to_vote_where_every_passage_knows_its_answer() -> None:
+    asked: list[int] = []
+
+    def counting(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        asked.append(len(texts))
+        return planted(texts)
+
+    labelled = [Passage(f"{name}: {code}", "d:1", name, code) for name, code in (("alpha", "A"), ("beta", "B"), ("gamma", "C"))]
+    library = Library((), labelled, embed=counting)
+    assert library.read("beta", 1, BY_MEANING)[0].answer == library.vote("beta", 1, BY_MEANING, "labelled") == "B"
+    assert asked == [3, 1], "the keys once, the question once"
+    mixed = Library((), [*labelled, Passage("delta", "d:4", "delta")], embed=planted)
+    assert mixed.read("delta", 1, BY_MEANING)[0].text == "delta"

@@ -88,6 +88,8 @@ class Library:
         self.train, self.passages = list(train), list(passages)
         self.ways = (BY_WORDS, BY_MEANING) if embed is not None else (BY_WORDS,)
         self.labelled = [passage for passage in self.passages if passage.answer is not None]
+        # A passage that knows its answer is found by what it is about; where all do, one index serves to read and to vote.
+        self._read_by = "labelled" if len(self.labelled) == len(self.passages) else "passages"
         self._embed, self._folder = embed, folder
         self._made: dict[tuple[str, str], Search] = {}
 
@@ -97,7 +99,7 @@ class Library:
 
     def read(self, question: str, k: int, way: str = BY_WORDS) -> list[Passage]:
         """Up to k passages, the nearest last."""
-        return [self.passages[index] for index, _ in self._search("passages", way).nearest(question, k)][::-1]
+        return [self.passages[index] for index, _ in self._search(self._read_by, way).nearest(question, k)][::-1]
 
     def vote(self, question: str, k: int, way: str = BY_WORDS, pool: str = "examples") -> str:
         """The answer that the k nearest have most of, each counted by how near it is; of equals the nearest one's. "" where there is none.
@@ -111,8 +113,8 @@ class Library:
         return max(votes, key=lambda answer: votes[answer], default="")
 
     def ask(self, questions: Sequence[str], way: str, kind: str) -> None:
-        """Make ready for many questions at once."""
-        if isinstance(search := self._search(kind, way), Meanings):
+        """Make ready for many questions at once: kind is examples, passages or labelled."""
+        if isinstance(search := self._search(self._read_by if kind == "passages" else kind, way), Meanings):
             search.ask(questions)
 
     def _search(self, kind: str, way: str) -> Search:
