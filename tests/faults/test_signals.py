@@ -72,9 +72,11 @@ def race(times: int, whole: Reference, tmp_path: Path) -> None:
 def test_stopped_at_random_moments(times: int, whole: Reference, tmp_path: Path) -> None:
     """Spot instances give no choice of the moment. Before the first step there is nothing to save: the process just ends."""
     moments, saved = random.Random(times), 0
-    for number in range(times):
+    for number in range(4 * times):  # more than `times` only where the machine has become much slower or quicker than it was for `whole`
+        if number >= times and saved >= times // 4:
+            break
         run = whole.copy(tmp_path / f"run-{number}")
-        code = kill_after(whole.seconds * (number + moments.random()) / times, run, whole, signal.SIGTERM)
+        code = kill_after(whole.seconds * (number % times + moments.random()) / times, run, whole, signal.SIGTERM)
         saved += code == 143
         if code == 143:
             assert events(run, "step_stopped")
