@@ -85,14 +85,22 @@ Batches = Iterator[Sequence[tuple[int, Generation]]]
 
 def _asked(candidate: str, examples: Sequence[Example], setting: Setting, context: Context) -> tuple[dict[str, Any], float]:
     """What each row's answerer is given, and how many shots it sees on average: fewer than asked for where some did not fit."""
-    by = CANDIDATES[candidate].by
-    for kind in ("examples",) * (setting.shots > 0) + ("passages",) * (setting.passages > 0):
-        context.library.ask([example.question for example in examples], setting.way, setting.pool if by == "neighbours" else kind)
+    by, library = CANDIDATES[candidate].by, context.library
+    questions = [example.question for example in examples]
+    if setting.shots:
+        library.ask(questions, setting.way, setting.pool if by == "neighbours" else "examples")
+    if setting.passages:  # of the shots, too, each of which brings its own
+        shown = (
+            [shot.question for question in questions for shot in library.examples(question, setting.shots, setting.way)]
+            if setting.shots
+            else []
+        )
+        library.ask([*questions, *shown], setting.way, "passages")
     if by == "neighbours":
         return {example.id: example.question for example in examples}, float(setting.shots)
     arranged = {example.id: fitting(candidate, example, setting, context) for example in examples}
-    shown = sum(shots for _, _, shots in arranged.values()) / max(1, len(arranged))
-    return {name: messages if by == "endpoint" else ids for name, (messages, ids, _) in arranged.items()}, shown
+    mean = sum(shots for _, _, shots in arranged.values()) / max(1, len(arranged))
+    return {name: messages if by == "endpoint" else ids for name, (messages, ids, _) in arranged.items()}, mean
 
 
 def _by_model(work: _Work) -> Batches:
