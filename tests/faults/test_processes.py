@@ -26,6 +26,9 @@ open(sys.argv[2], "a").write(f"{os.getpid()}\\n")
 beat, rank, size = int(os.environ["BURNISH_BEAT"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+while len(open(sys.argv[2]).readlines()) < size:  # all are there before any has its fault
+    os.write(beat, b".")
+    time.sleep(0.005)
 fault = sys.argv[1]
 for step in range(200 if fault == "none" else 10**9):
     os.write(beat, b"s")
