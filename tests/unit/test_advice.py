@@ -106,6 +106,13 @@ def test_every_sentence_has_its_numbers_and_what_would_change_it() -> None:
     assert any("50 of 100 planned steps" in line for line in advice.would_change)
 
 
+def test_nobody_is_told_to_score_above_everything() -> None:
+    told = decide(weighed({"base": 0.2, "neighbours": 1.0, "tuned": 1.0}), probe=PROBE)[0].would_change
+    assert not any("worth having" in line for line in told)
+    told = decide(weighed({"base": 0.2, "neighbours": 0.8, "tuned": 0.7}), probe=PROBE)[0].would_change
+    assert any("15.0 points more" in line for line in told)
+
+
 def test_break_even_by_hand() -> None:
     """Training costs 120 s at 36 an hour = 1.2; an answer of the tuned model 0.001, of the larger one 0.004: 400 requests."""
     facts = facts_from(weighed({"base": 0.1, "tuned": 0.8, "endpoint": 0.8}), target=None, of_use=0.1)

@@ -97,7 +97,8 @@ def would_change(facts: Facts, verdict: str, probe: Mapping[str, Any] | None, co
             lines.append(f"a way without training that scores {100 * pair['low']:.1f} points more than {title} does would be as good")
         elif pair["verdict"] != Verdict.BETTER:
             need = max(0.0, facts.worth_having - pair["difference"])
-            lines.append(f"a training that scores {100 * need:.1f} points more than the one tried would be worth having")
+            if tuned is not None and facts.scores[tuned]["score"] + need <= 1:
+                lines.append(f"a training that scores {100 * need:.1f} points more than the one tried would be worth having")
     if probe is None:
         lines.append("a short training was not tried: a larger --budget tries one")
     elif not probe["whole"]:
