@@ -68,7 +68,8 @@ def main() -> None:
     }  # fmt: skip
     document = {
         "result": result, "command": shlex.join(["python", *sys.argv]), "when": time.strftime("%Y-%m-%d"), "machine": machine(),
-        "model": asked.model or "tiny", "prepare": prepared, "rounds": rounds,
+        "model": asked.model or "tiny", "rounds": rounds,
+        "prepare": {rows: {key: found[key] for key in ("seconds", "peak_bytes")} for rows, found in prepared.items()},
     }  # fmt: skip
     asked.output.mkdir(parents=True, exist_ok=True)
     (asked.output / "train_scale.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

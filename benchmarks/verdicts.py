@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ EXPECTED = {"viggo": "fine-tune", "home_assistant": "fine-tune", "wikisql": "fin
 
 def main() -> None:
     asked = arguments()
-    document = {"command": shlex.join(["python", *sys.argv]), "when": time.strftime("%Y-%m-%d"), "machine": machine(), "sets": {}}
+    document = {"command": f"python benchmarks/verdicts.py --budget {asked.budget} --only {' '.join(asked.only)}", "when": time.strftime("%Y-%m-%d"), "machine": machine(), "sets": {}}
     kept = asked.output / "verdicts.json"
     if kept.exists():
         document["sets"] = json.loads(kept.read_text(encoding="utf-8"))["sets"]
