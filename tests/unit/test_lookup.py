@@ -14,9 +14,12 @@ from burnish.data import Passage, read_passages
 from burnish.data.formats import make_example
 from burnish.data.passages import answer_column, split_text
 from burnish.errors import DataError
+from burnish.evaluation.candidates import Setting, make_context
+from burnish.evaluation.predict import Options, predict
 from burnish.evaluation.retrieve import BY_MEANING, BY_WORDS, Library, Meanings
 from burnish.evaluation.select import choose_ways
-from burnish.tasks import METRICS
+from burnish.models import Limits
+from burnish.tasks import METRICS, detect_task
 from burnish.types import Example
 
 
@@ -141,3 +144,25 @@ def test_one_index_serves_to_read_and_to_vote_where_every_passage_knows_its_answ
     assert asked == [3, 1], "the keys once, the question once"
     mixed = Library((), [*labelled, Passage("delta", "d:4", "delta")], embed=planted)
     assert mixed.read("delta", 1, BY_MEANING)[0].text == "delta"
+
+
+def test_a_vote_is_taken_again_where_a_row_has_changed(tmp_path: Path, chat: Any) -> None:
+    """Answers on the disk hold for the rows that voted; and a question's own embedding is part of its wait, each time."""
+    embedded: list[int] = []
+
+    def counting(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        embedded.append(len(texts))
+        return planted(texts)
+
+    def answers(train: list[Example]) -> list[str]:
+        context = make_context(chat, detect_task(["A", "B"] * 20), Library(train, embed=counting), instruction="", prompt_limit=100)
+        options = Options(8, keep=tmp_path / "neighbours.jsonl")
+        setting = Setting(shots=1, way=BY_MEANING)
+        made = predict(None, "neighbours", [example("ax", "?")], setting=setting, context=context, limits=Limits(4), options=options)
+        return [prediction.text for prediction in made]
+
+    assert answers([example("ay", "A"), example("by", "B")]) == ["A"]
+    assert answers([example("ay", "A"), example("by", "B")]) == ["A"]
+    assert embedded == [2, 1], "kept on the disk"
+    assert answers([example("ay", "C"), example("by", "B")]) == ["C"]
+    assert embedded == [2, 1, 2, 1]

@@ -71,7 +71,7 @@ def predict(
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Work:
     model: Any
-    asked: Sequence[Any]  # tokens, messages, or the question
+    asked: Sequence[Any]  # tokens, messages, or (question, state of what votes)
     examples: Sequence[Example]
     setting: Setting
     context: Context
@@ -87,8 +87,11 @@ def _asked(candidate: str, examples: Sequence[Example], setting: Setting, contex
     """What each row's answerer is given, and how many shots it sees on average: fewer than asked for where some did not fit."""
     by, library = CANDIDATES[candidate].by, context.library
     questions = [example.question for example in examples]
+    if by == "neighbours":  # what answers is the pool: the same question to another pool is another question
+        state = library.state(setting.pool)
+        return {example.id: (example.question, state) for example in examples}, float(setting.shots)
     if setting.shots:
-        library.ask(questions, setting.way, setting.pool if by == "neighbours" else "examples")
+        library.ask(questions, setting.way, "examples")
     if setting.passages:  # of the shots, too, each of which brings its own
         shown = (
             [shot.question for question in questions for shot in library.examples(question, setting.shots, setting.way)]
@@ -96,8 +99,6 @@ def _asked(candidate: str, examples: Sequence[Example], setting: Setting, contex
             else []
         )
         library.ask([*questions, *shown], setting.way, "passages")
-    if by == "neighbours":
-        return {example.id: example.question for example in examples}, float(setting.shots)
     arranged = {example.id: fitting(candidate, example, setting, context) for example in examples}
     mean = sum(shots for _, _, shots in arranged.values()) / max(1, len(arranged))
     return {name: messages if by == "endpoint" else ids for name, (messages, ids, _) in arranged.items()}, mean
@@ -108,12 +109,18 @@ def _by_model(work: _Work) -> Batches:
 
 
 def _by_neighbours(work: _Work) -> Batches:
+    """Each waits for its batch's questions to be embedded, where meaning decides, and for its own vote."""
+    library, setting = work.context.library, work.setting
     for start in range(0, len(work.asked), _VOTES_AT_ONCE):
+        questions = [question for question, _ in work.asked[start : start + _VOTES_AT_ONCE]]
+        began = time.perf_counter()
+        library.ask(questions, setting.way, setting.pool, again=True)
+        made_ready = time.perf_counter() - began
         batch: list[tuple[int, Generation]] = []
-        for index in range(start, min(start + _VOTES_AT_ONCE, len(work.asked))):
+        for index, question in enumerate(questions, start):
             began = time.perf_counter()
-            text = work.context.library.vote(work.asked[index], work.setting.shots, work.setting.way, work.setting.pool)
-            batch.append((index, Generation(text, "stop", 0, 0, time.perf_counter() - began)))
+            text = library.vote(question, setting.shots, setting.way, setting.pool)
+            batch.append((index, Generation(text, "stop", 0, 0, made_ready + time.perf_counter() - began)))
         work.tell("", start + len(batch), len(work.asked), "")
         yield batch
 

@@ -63,9 +63,9 @@ class Meanings:
         if keep is not None and self.vectors.nbytes == size:
             write_whole(keep, self.vectors.tobytes())
 
-    def ask(self, questions: Sequence[str]) -> None:
-        """Embed many questions at once: much faster than one by one."""
-        if new := [question for question in dict.fromkeys(questions) if question not in self.asked]:
+    def ask(self, questions: Sequence[str], *, again: bool = False) -> None:
+        """Embed many questions at once: much faster than one by one. `again`: those that are known, too, for who measures how long it takes."""
+        if new := [question for question in dict.fromkeys(questions) if again or question not in self.asked]:
             self.asked.update(zip(new, self.embed(new), strict=True))
 
     def nearest(self, question: str, k: int) -> list[tuple[int, float]]:
@@ -92,6 +92,7 @@ class Library:
         self._read_by = "labelled" if len(self.labelled) == len(self.passages) else "passages"
         self._embed, self._folder = embed, folder
         self._made: dict[tuple[str, str], Search] = {}
+        self._states: dict[str, str] = {}
 
     def examples(self, question: str, k: int, way: str = BY_WORDS) -> list[Example]:
         """Up to k training rows, the nearest last: what stands next to the question is copied most."""
@@ -112,10 +113,19 @@ class Library:
             votes[answers[index].strip()] += near
         return max(votes, key=lambda answer: votes[answer], default="")
 
-    def ask(self, questions: Sequence[str], way: str, kind: str) -> None:
+    def state(self, pool: str) -> str:
+        """Changes with what votes: a row more, another answer."""
+        if pool not in self._states:
+            rows = self.train if pool == "examples" else self.labelled
+            self._states[pool] = hash_of(
+                [(row.question, row.reference) if isinstance(row, Example) else (row.key, row.answer) for row in rows]
+            )
+        return self._states[pool]
+
+    def ask(self, questions: Sequence[str], way: str, kind: str, *, again: bool = False) -> None:
         """Make ready for many questions at once: kind is examples, passages or labelled."""
         if isinstance(search := self._search(self._read_by if kind == "passages" else kind, way), Meanings):
-            search.ask(questions)
+            search.ask(questions, again=again)
 
     def _search(self, kind: str, way: str) -> Search:
         if (kind, way) not in self._made:
