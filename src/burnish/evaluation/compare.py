@@ -168,7 +168,7 @@ def sentence(content: Mapping[str, Any]) -> str:
         if needed is not None
         else "; so few rows show no difference at all"
     )
-    not_better = [c["baseline"] for c in comparisons if c["verdict"] != Verdict.BETTER]
+    not_better = [f"({candidates[c['baseline']]['title']})" for c in comparisons if c["verdict"] != Verdict.BETTER]
     return f"Can't tell whether the fine-tuned model is better than {' and '.join(not_better)}: {numbers}{hint}."
 
 
